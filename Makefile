@@ -1,0 +1,48 @@
+# install: a virtual environment with everything.  serve: the shipped model on 127.0.0.1:8000.
+# test, slow, check, bench: see CONTRIBUTING.md.  ARGS passes overrides: make serve ARGS="server.port=9000"
+
+# The first that runs and is new enough: a name on the PATH may be a version manager's shim without a Python behind it.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$name && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH := torch==2.13.0
+
+.PHONY: install test slow check format bench serve clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' \
+		|| { echo "error: longctx needs Python 3.11 or later; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: install
+	$(BIN)/python -m pytest -m 'slow and not gpu and not multihost' $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks.serving --quick $(ARGS)
+
+serve: install
+	$(BIN)/longctx serve $(ARGS)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache

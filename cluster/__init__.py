@@ -1,0 +1,1 @@
+"""Ray: worker actors, router, HTTP endpoint and their start and stop."""

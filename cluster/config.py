@@ -1,0 +1,83 @@
+"""What the ``cluster``, ``server`` and ``ray`` groups of the configuration hold. Neither ray nor torch here."""
+
+from dataclasses import dataclass, field
+
+from longctx.engine.config import EngineConfig
+from longctx.models.config import ModelConfig
+from memory.config import TransportConfig
+from parallel.option import option, parse_size
+
+POLICY_NAMES = ("shortest_queue",)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Workers and routing."""
+
+    num_prefill_workers: int = option(1, "actors that compute prompts; 0: decode workers compute them", minimum=0)
+    num_decode_workers: int = option(1, "actors that generate", minimum=1)
+    local_prefill_tokens: int = option(
+        512, "prompts with at most this many uncached tokens are computed where they are decoded", minimum=0
+    )
+    policy: str = option("shortest_queue", "how workers are picked", choices=POLICY_NAMES)
+    worker_cpus: float | None = option(
+        None, "CPUs that Ray reserves for each worker; null: the machine's divided by the workers", above=0
+    )
+    heartbeat_s: float = option(0.25, "seconds between two signs of life of a worker", above=0)
+    worker_timeout_s: float = option(3.0, "seconds without a sign of life after which a worker counts as lost", above=0)
+    call_timeout_s: float = option(
+        300.0, "seconds a worker that lives may take to answer; longer than its longest step", above=0
+    )
+    start_timeout_s: float = option(300.0, "seconds the workers may take to load the model", above=0)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes with an engine."""
+        return self.num_prefill_workers + self.num_decode_workers
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP endpoint."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on", minimum=1, maximum=65535)
+    api_keys: list[str] = option([], "keys accepted as Authorization: Bearer KEY; empty: none is asked for")
+    api_key_file: str | None = option(None, "file with one API key per line, added to api_keys")
+    max_body_bytes: str = option("32MiB", "largest request body", parse=parse_size)
+    max_requests: int = option(256, "requests served or waiting at one time; more are answered 429", minimum=1)
+    request_timeout_s: float = option(3600.0, "seconds a request may take in all", above=0)
+
+
+@dataclass(frozen=True, slots=True)
+class RayConfig:
+    """Which Ray cluster to use."""
+
+    address: str | None = option(
+        None, "address of a running cluster, or auto; null: a local Ray that stops with longctx"
+    )
+    num_cpus: int | None = option(None, "CPUs of the local Ray; null: this machine's", minimum=1)
+    object_store_bytes: str = option(
+        "256MiB", "object store of the local Ray; KV does not travel through it", parse=parse_size
+    )
+    namespace: str = option("longctx", "Ray namespace; two deployments in one cluster need two")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Everything ``longctx serve`` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusConfig:
+    """Everything ``longctx status`` takes."""
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+    json: bool = option(False, "print JSON instead of a table")

@@ -1,0 +1,188 @@
+"""Ray, the workers and the endpoint of one ``longctx serve``: up in the order that waits least, down in the order that
+loses nothing. Worker actors and Serve start side by side; a start that fails says why."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from cluster.config import ServeConfig
+from cluster.local_ray import THREAD_ENV, RaySession
+from cluster.preflight import check_port
+from cluster.serving import ServedModel
+from longctx.errors import ConfigError, LongctxError
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 15.0
+PROGRESS_INTERVAL_S = 10.0
+READY_TIMEOUT_S = 60.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Deployment:
+    """Ray, the workers and the endpoint of one ``longctx serve``."""
+
+    def __init__(self, config: ServeConfig, model: ServedModel) -> None:
+        self._config, self._model = config, model
+        self._session = RaySession(config.ray, shares_cores=config.cluster.num_workers > 1)
+        self._handles = []
+        self._app: Any = None  # a ServeApp, once Ray runs
+        self._host = config.server.host
+
+    def start(self) -> None:
+        """Everything up; raises ``LongctxError`` saying why not."""
+        self._session.start()
+        import ray
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        self._place_endpoint(nodes)
+        self._create_workers(nodes)
+        starts = {handle.actor.start.remote(): handle.name for handle in self._handles}
+        failure: list[BaseException] = []
+        deploying = threading.Thread(target=_catch, args=(failure, self._deploy), daemon=True)
+        deploying.start()
+        self._wait(starts, failure)
+        deploying.join(self._config.cluster.start_timeout_s)
+        if failure or deploying.is_alive():
+            raise LongctxError(f"the endpoint did not start: {failure[0] if failure else 'no answer in time'}")
+        self._await_health()
+
+    @property
+    def url(self) -> str:
+        """Where it answers, as clients write it."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._config.server.port}/v1"
+
+    def is_running(self) -> bool:
+        """Whether Ray is still there."""
+        import ray
+
+        return ray.is_initialized()
+
+    def stop(self) -> None:
+        """Everything down, in the order that loses nothing; a joined cluster keeps running."""
+        import ray
+
+        if ray.is_initialized():
+            with suppress(Exception):  # each step is tried whatever became of the one before
+                if self._app is not None:
+                    self._app.withdraw()
+            with suppress(Exception):
+                closing = [handle.actor.close.remote() for handle in self._handles]
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
+            for handle in self._handles:
+                with suppress(Exception):
+                    ray.kill(handle.actor, no_restart=True)
+        self._session.stop()
+
+    def kill(self) -> None:
+        """Everything of a local Ray down at once; in a joined one, workers end with this process."""
+        if self._app is not None and not self._session.is_local:
+            logger.warning("the endpoint stays in the cluster, not ready, until the next start replaces it")
+        self._session.kill()
+
+    def _place_endpoint(self, nodes: list[dict[str, Any]]) -> None:
+        """Serve listens on the head node; raises ``ConfigError`` if the endpoint cannot be there."""
+        import ray
+
+        from cluster.serve_app import ServeApp
+
+        server = self._config.server
+        head = next(node["NodeManagerAddress"] for node in nodes if "node:__internal_head__" in node["Resources"])
+        is_here = head == ray.util.get_node_ip_address()
+        if not is_here and server.host in LOOPBACK:
+            raise ConfigError(
+                f"server.host={server.host} is not reachable from here: the endpoint runs on the head node {head}; "
+                "use server.host=0.0.0.0"
+            )
+        self._host = {"0.0.0.0": "127.0.0.1" if is_here else head, "::": "::1" if is_here else head}.get(
+            server.host, server.host
+        )
+        app = ServeApp(self._config)
+        app.join()
+        if is_here and not self._session.is_local and not app.found_serve:
+            check_port(server)
+        self._app = app
+
+    def _create_workers(self, nodes: list[dict[str, Any]]) -> None:
+        from cluster.actors import create_worker
+
+        cluster = self._config.cluster
+        roles = ["prefill"] * cluster.num_prefill_workers + ["decode"] * cluster.num_decode_workers
+        num_cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
+        share = cluster.worker_cpus or max(0.1, min(1.0, num_cpus / len(roles)))
+        shares_cores = not self._session.is_local and len(roles) > len(nodes)  # a local Ray's processes have it from us
+        env_vars = THREAD_ENV if shares_cores else {}
+        counts: dict[str, int] = {}
+        for role in roles:
+            name = f"{role}-{counts.get(role, 0)}"
+            counts[role] = counts.get(role, 0) + 1
+            try:
+                handle = create_worker(name, role, self._config, num_cpus=share, env_vars=env_vars)
+            except ValueError as error:  # the name is taken
+                namespace = self._config.ray.namespace
+                raise ConfigError(f"ray.namespace={namespace!r} is in use in this cluster: {error}") from None
+            self._handles.append(handle)
+
+    def _deploy(self) -> None:
+        self._app.deploy(self._model, [(handle.name, handle.role) for handle in self._handles])
+
+    def _wait(self, starts: dict[Any, str], failure: list[BaseException]) -> None:
+        """Until all workers have loaded the model, or something failed; ``starts`` holds their names."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        begun = time.monotonic()
+        pending, due = list(starts), begun + PROGRESS_INTERVAL_S
+        while pending and not failure:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=0.5)
+            for reference in set(starts) - set(pending):
+                try:
+                    ray.get(reference)
+                except RayTaskError as error:
+                    if isinstance(error.cause, LongctxError):
+                        raise error.cause from None
+                    reason = getattr(error.cause, "strerror", None) or error.cause or error
+                    raise LongctxError(f"{starts[reference]} cannot start: {reason}") from None
+                except RayError as error:
+                    raise LongctxError(f"{starts[reference]} died while it loaded the model: {error}") from None
+            waited = time.monotonic() - begun
+            if pending and time.monotonic() > due:
+                due += PROGRESS_INTERVAL_S
+                logger.info("%d of %d workers are still loading after %.0f s", len(pending), len(starts), waited)
+            if waited > self._config.cluster.start_timeout_s:
+                raise LongctxError(
+                    f"{len(pending)} workers did not load the model in {self._config.cluster.start_timeout_s:g} s "
+                    "(cluster.start_timeout_s); is there room for them in the Ray cluster (cluster.worker_cpus)?"
+                )
+
+    def _await_health(self) -> None:
+        """Until the endpoint says it is ready: the router has found the workers."""
+        import httpx
+
+        url = self.url.removesuffix("/v1") + "/health"
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        answer = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                response = httpx.get(url, timeout=5.0, trust_env=False)
+                if response.status_code == 200:
+                    return
+                answer = response.text
+            except httpx.HTTPError as error:
+                answer = str(error)
+            time.sleep(0.1)
+        raise LongctxError(f"the endpoint is not ready after {READY_TIMEOUT_S:g} s: {answer}")
+
+
+def _catch(failure: list[BaseException], function: Callable[..., None], *args: object) -> None:
+    """Run ``function`` on a thread that keeps its exception."""
+    asyncio.set_event_loop(asyncio.new_event_loop())  # Serve looks for one
+    try:
+        function(*args)
+    except BaseException as error:  # noqa: BLE001 - the main thread raises it
+        failure.append(error)

@@ -1,0 +1,158 @@
+"""The HTTP endpoint: the part of the OpenAI API that generates text, health, metrics and status.
+
+An ordinary ASGI application: Ray Serve runs it in a cluster (`cluster/serve_app.py`), uvicorn in one process. Left out:
+CORS, TLS (a proxy's business), and the parts of the API that need tools, images or stored conversations.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.auth import KeyCheck, load_keys
+from cluster.config import ServerConfig
+from cluster.metrics import Metrics
+from cluster.openai_errors import http_error, json_response, to_api_error
+from cluster.routes import Admission, ChatRoute, CompletionRoute, unknown_model
+from cluster.serving import Health, ServingBackend, WorkerStats
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 5.0  # for the workers' health and state
+
+
+def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
+    """The application; its lifespan starts and stops ``backend``. Raises ``ConfigError`` if the keys cannot be read."""
+    metrics = Metrics()
+    admission = Admission(server.max_requests, metrics)
+    completions = CompletionRoute(backend, server, metrics=metrics, admission=admission)
+    chat = ChatRoute(backend, server, metrics=metrics, admission=admission)
+    pages = Pages(backend, metrics=metrics, admission=admission)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await backend.start()
+        try:
+            yield
+        finally:
+            await backend.stop()
+
+    return Starlette(
+        routes=[
+            Route(completions.path, completions, methods=["POST"]),
+            Route(chat.path, chat, methods=["POST"]),
+            Route("/v1/models", pages.list_models, methods=["GET"]),
+            Route("/v1/models/{name:path}", pages.get_model, methods=["GET"]),
+            Route("/health", pages.get_health, methods=["GET"]),
+            Route("/metrics", pages.get_metrics, methods=["GET"]),
+            Route("/status", pages.get_status, methods=["GET"]),
+        ],
+        middleware=[Middleware(FailureGuard), Middleware(KeyCheck, load_keys(server))],
+        exception_handlers={HTTPException: _answer_http_error},
+        lifespan=lifespan,
+    )
+
+
+class Pages:
+    """The routes that only tell."""
+
+    def __init__(self, backend: ServingBackend, *, metrics: Metrics, admission: Admission) -> None:
+        self._backend = backend
+        self._metrics = metrics
+        self._admission = admission
+
+    async def list_models(self, request: Request) -> Response:
+        """The served model."""
+        return json_response({"object": "list", "data": [self._describe_model()]})
+
+    async def get_model(self, request: Request) -> Response:
+        """The served model, if the path names it."""
+        if request.path_params["name"] != self._backend.model.name:
+            raise unknown_model(request.path_params["name"], self._backend)
+        return json_response(self._describe_model())
+
+    async def get_health(self, request: Request) -> Response:
+        """200 when requests can be served, else 503 with the reason."""
+        health = await self._ask_health()
+        content = {
+            "status": "ready" if health.ready else "not ready",
+            "reason": health.reason,
+            "model": self._backend.model.name,
+        }
+        workers = [dataclasses.asdict(worker) for worker in health.workers]
+        return json_response(content | {"workers": workers}, 200 if health.ready else 503)
+
+    async def get_metrics(self, request: Request) -> Response:
+        """Prometheus text."""
+        return Response(self._metrics.render(await self._ask_workers()), media_type=CONTENT_TYPE_LATEST)
+
+    async def get_status(self, request: Request) -> Response:
+        """Everything that ``longctx status`` shows."""
+        health = await self._ask_health()
+        content = {
+            "model": self._describe_model(),
+            "ready": health.ready,
+            "reason": health.reason,
+            "requests_in_progress": self._admission.num_held,
+            "max_requests": self._admission.limit,
+            "workers": [dataclasses.asdict(worker) for worker in await self._ask_workers()],
+        }
+        return json_response(content)
+
+    def _describe_model(self) -> dict[str, Any]:
+        model = self._backend.model
+        entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "longctx"}
+        return entry | {"max_model_len": model.max_context}
+
+    async def _ask_health(self) -> Health:
+        try:
+            return await asyncio.wait_for(self._backend.health(), ASK_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - a backend that cannot say is not ready, and this page says so
+            return Health(False, f"the workers do not answer: {error or type(error).__name__}")
+
+    async def _ask_workers(self) -> list[WorkerStats]:
+        try:
+            return await asyncio.wait_for(self._backend.worker_stats(), ASK_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - what is known without them is still worth showing
+            logger.warning("the workers' state is not known: %s", error or type(error).__name__)
+            return []
+
+
+class FailureGuard:
+    """ASGI middleware, outermost of ours: what nobody caught is answered in the API's shape, never with a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:  # answered and logged
+            if scope["type"] != "http" or started:
+                raise
+            await to_api_error(error).to_response()(scope, receive, send)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    answer = http_error(error.status_code, method=request.method, path=request.url.path)
+    answer.headers.update(error.headers or {})
+    return answer.to_response()

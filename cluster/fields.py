@@ -1,0 +1,120 @@
+"""Readers of single request fields: each returns the value it was given, or raises an error naming what is allowed.
+
+A reader is ``(value, name) -> value``; ``null`` never reaches one, it means that the field was left out.
+"""
+
+import math
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+from longctx.errors import RequestError
+
+QUOTE = reprlib.Repr()
+QUOTE.maxstring = QUOTE.maxother = 80
+
+Reader = Callable[[Any, str], Any]
+
+
+def bad_value(name: str, value: Any, allowed: str) -> RequestError:
+    """An error that quotes the start of ``value``."""
+    return RequestError(f"{name}={QUOTE.repr(value)} is not allowed: {allowed}", param=name)
+
+
+def boolean(value: Any, name: str) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise bad_value(name, value, "true or false")
+    return value
+
+
+def integer(low: int, high: int) -> Reader:
+    """A reader of whole numbers from ``low`` to ``high``; JSON's ``10.0`` is not one."""
+
+    def read(value: Any, name: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise bad_value(name, value, f"a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def number(low: float, high: float, *, above: bool = False) -> Reader:
+    """A reader of numbers from ``low`` to ``high``; with ``above``, ``low`` itself is not allowed."""
+
+    def read(value: Any, name: str) -> float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or (above and value == low):
+            bounds = f"a number above {low:g}" if above else f"a number from {low:g}"
+            raise bad_value(name, value, bounds + (f" up to {high:g}" if math.isfinite(high) else ""))
+        return float(value)
+
+    return read
+
+
+def string(value: Any, name: str) -> str:
+    """A text that has a UTF-8 form: JSON can escape half a surrogate pair, which has none."""
+    if not isinstance(value, str):
+        raise bad_value(name, value, "a string")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            text = f"{name} holds half a surrogate pair at character {error.start}, which is no text"
+            raise RequestError(text, param=name) from None
+    return value
+
+
+def choice(*allowed: Any) -> Reader:
+    """A reader of one of a few values."""
+
+    def read(value: Any, name: str) -> Any:
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            raise bad_value(name, value, "only " + " or ".join(repr(one) for one in allowed) + " is supported")
+        return value
+
+    return read
+
+
+def mapping(value: Any, name: str) -> dict[str, Any]:
+    """A JSON object."""
+    if not isinstance(value, dict):
+        raise bad_value(name, value, "an object")
+    return value
+
+
+def strings(most: int) -> Reader:
+    """A reader of one non-empty string or a list of at most ``most``; gives a tuple."""
+
+    def read(value: Any, name: str) -> tuple[str, ...]:
+        texts = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(texts, list)
+            or len(texts) > most
+            or not all(isinstance(text, str) and text for text in texts)
+        ):
+            raise bad_value(name, value, f"a non-empty string, or a list of at most {most} of them")
+        return tuple(string(text, name) for text in texts)
+
+    return read
+
+
+def token_ids(value: Any, name: str, *, vocab_size: int) -> tuple[int, ...]:
+    """Ids below ``vocab_size``, as a tuple."""
+    if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
+        raise bad_value(name, value, "a list of token ids")
+    if value and not (min(value) >= 0 and max(value) < vocab_size):
+        wrong = next(token_id for token_id in value if not 0 <= token_id < vocab_size)
+        raise RequestError(f"{name} holds token id {wrong}; allowed are 0 to {vocab_size - 1}", param=name)
+    return tuple(value)
+
+
+def logit_bias(value: Any, name: str, *, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """Pairs (token id, bias) of an object keyed by token ids."""
+    read_bias = number(-100.0, 100.0)
+    pairs: list[tuple[int, float]] = []
+    for key, bias in mapping(value, name).items():
+        if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):
+            raise bad_value(name, key, f"its keys are token ids from 0 to {vocab_size - 1}")
+        pairs.append((int(key), read_bias(bias, f"{name}.{key}")))
+    return tuple(pairs)

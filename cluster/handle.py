@@ -1,0 +1,45 @@
+"""How the router reaches a worker, whatever it runs on."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # loads torch, which the router does without
+    from cluster.worker import Worker
+
+
+class WorkerHandle(Protocol):
+    """One worker, here or in another process."""
+
+    @property
+    def name(self) -> str:
+        """The worker's name."""
+        ...
+
+    @property
+    def role(self) -> str:
+        """``"prefill"`` or ``"decode"``."""
+        ...
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        """Call a coroutine method of the worker. Raises what it raised, ``WorkerLostError`` if it is gone."""
+        ...
+
+
+class LocalHandle:
+    """A worker in this process."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+
+    @property
+    def name(self) -> str:
+        """The worker's name."""
+        return self._worker.name
+
+    @property
+    def role(self) -> str:
+        """The worker's role."""
+        return self._worker.role
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        """Call it directly."""
+        return await getattr(self._worker, method)(*args)

@@ -1,0 +1,78 @@
+"""``longctx serve``: from a configuration to an endpoint that answers, and back to nothing, also after Ctrl-C at any
+moment or a start that fails."""
+
+import json
+import logging
+import signal
+import threading
+
+from cluster.auth import load_keys
+from cluster.config import ServeConfig
+from cluster.preflight import check
+from cluster.serving import ServedModel
+from longctx.errors import LongctxError
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest(BaseException):
+    """SIGINT or SIGTERM came; not an error."""
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until a signal comes; returns the exit code."""
+    config, model = check(config)
+    from cluster.deployment import Deployment  # what it imports takes longer than a mistake deserves
+
+    deployment = Deployment(config, model)
+    stop = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, _: object) -> None:
+        if stop.is_set():
+            logger.warning("forced to stop")
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+            raise KeyboardInterrupt
+        logger.info("%s: stopping", signal.Signals(number).name)
+        stop.set()
+        raise StopRequest
+
+    try:
+        for number in previous:
+            signal.signal(number, on_signal)
+        logger.info("loading %s, %s", model.name, _describe(config))
+        deployment.start()
+        logger.info("longctx serves %s on %s; Ctrl-C stops it", model.name, deployment.url)
+        logger.info("ask it: %s", _example(config, model, deployment.url))
+        while deployment.is_running():
+            stop.wait(1.0)
+        raise LongctxError("Ray stopped under longctx")
+    except StopRequest:
+        return 0
+    finally:
+        was_asked = stop.is_set()
+        stop.set()  # from here on a signal forces
+        try:
+            deployment.stop()
+        except KeyboardInterrupt:
+            deployment.kill()
+            raise
+        if was_asked:
+            logger.info("stopped")
+
+
+def _describe(config: ServeConfig) -> str:
+    """What is being started, and where, in a few words."""
+    cluster = config.cluster
+    where = "a Ray of its own on this machine" if config.ray.address is None else f"the Ray at {config.ray.address}"
+    what = "the model that ships with longctx" if config.model.path == "demo" else config.model.path
+    workers = f"{cluster.num_prefill_workers} prefill and {cluster.num_decode_workers} decode workers"
+    return f"{what}, for {workers} on {where}"
+
+
+def _example(config: ServeConfig, model: ServedModel, url: str) -> str:
+    """A command that asks the endpoint."""
+    body = json.dumps({"model": model.name, "prompt": "import os\n", "max_tokens": 30})
+    key = " -H 'Authorization: Bearer KEY'" if load_keys(config.server) else ""
+    return f"curl -s {url}/completions -H 'Content-Type: application/json'{key} -d '{body}'"

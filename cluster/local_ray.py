@@ -1,0 +1,183 @@
+"""A Ray of our own on this machine, or a connection to one that runs; and leaving it as it was found.
+
+Our own has a token of its own (Ray 2.60's token authentication), a temporary folder of its own, no dashboard, and stops
+with us: every process of it is gone when ``stop`` returns. Killed with SIGKILL, we leave the folder, which the next
+start sweeps, while its processes end by themselves: Ray's daemons follow their parent, the workers follow the daemons.
+"""
+
+import atexit
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from cluster.config import RayConfig
+from cluster.ray_address import check_address
+from cluster.terminal import show_workers
+from longctx.errors import ConfigError, LongctxError
+from parallel.option import parse_size
+
+logger = logging.getLogger(__name__)
+
+TEMP_ROOT = Path("/tmp")  # short: Unix socket names are
+_TEMP_NAME = re.compile(r"longctx-ray-(\d+)-\w+")
+STOP_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 5.0
+# Where workers share cores, idle threads of one must not take them from the next one: a short spin, then sleep.
+THREAD_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
+QUIET_ENV = {
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it takes SIGTERM away from us, and aborts
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+# What a Ray of our own does beside our work, on the cores that compute.
+LEAN_ENV = {
+    "RAY_task_events_report_interval_ms": "0",  # a record of every call, for Ray's dashboard, which is not started
+    "RAY_enable_metrics_collection": "0",  # /metrics is ours
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
+
+
+class RaySession:
+    """A connection to Ray for the life of one command; ``shares_cores``: several workers of a local one compute."""
+
+    def __init__(self, config: RayConfig, *, shares_cores: bool = True) -> None:
+        self._config = config
+        self._env = QUIET_ENV | (THREAD_ENV if shares_cores else {}) | (LEAN_ENV if config.address is None else {})
+        self._temp_dir: Path | None = None
+        self._temp_lock = -1  # held as long as this process lives
+        self._processes: set[psutil.Process] = set()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the Ray is ours to stop."""
+        return self._config.address is None
+
+    def start(self) -> None:
+        """Connect, starting a local Ray unless ``ray.address`` is set. Raises ``LongctxError`` saying why it cannot."""
+        for name, value in self._env.items():
+            os.environ.setdefault(name, value)
+        if self.is_local:
+            # A token of our own, whatever the user's environment says of other clusters.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            for name in ("RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+                os.environ.pop(name, None)
+            atexit.register(self._remove_folder)  # before Ray's own, so after it: that writes there once more
+        import ray  # only now: it reads the authentication mode when it is imported
+
+        address = self._config.address
+        try:
+            with _keep_signal_handlers():
+                if address is None:
+                    self._start_local()
+                else:
+                    check_address(address)
+                    ray.init(
+                        address=address,
+                        namespace=self._config.namespace,
+                        logging_level=logging.WARNING,
+                        log_to_driver=True,
+                    )
+        except ConfigError:
+            raise
+        except ConnectionError as error:
+            raise ConfigError(f"ray.address={address!r} cannot be joined: {error}") from None
+        except Exception as error:  # Ray's reasons are many; each ends the start, and is told
+            raise LongctxError(f"Ray cannot be started: {error}") from error
+        show_workers()
+
+    def stop(self) -> None:
+        """Disconnect; a local Ray is stopped, and whatever of it does not go is killed."""
+        import ray
+
+        self._note_processes()
+        timeout_s = STOP_TIMEOUT_S if ray.is_initialized() else 0.0  # what did not start has nothing to end in peace
+        ray.shutdown()
+        self._remove(timeout_s=timeout_s)
+
+    def kill(self) -> None:
+        """Stop a local Ray at once, also when ``stop`` was interrupted."""
+        self._note_processes()
+        self._remove(timeout_s=0.0)
+
+    def _note_processes(self) -> None:
+        """Remember every process of the local Ray: workers are children of its raylet, as long as that lives."""
+        if self._temp_dir is not None:
+            self._processes |= set(psutil.Process().children(recursive=True))
+
+    def _remove(self, *, timeout_s: float) -> None:
+        if self._temp_dir is None:
+            return
+        _, left = psutil.wait_procs(self._processes, timeout_s)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                if timeout_s:
+                    logger.warning("killing %s (pid %d), which did not stop", process.name(), process.pid)
+                process.kill()
+        if left:
+            psutil.wait_procs(left, KILL_TIMEOUT_S)
+            from memory.segment import sweep  # imports torch, which this process does without otherwise
+
+            sweep()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def _start_local(self) -> None:
+        import ray
+
+        _sweep()
+        self._temp_dir = Path(tempfile.mkdtemp(prefix=f"longctx-ray-{os.getpid()}-", dir=TEMP_ROOT))
+        self._temp_lock = os.open(self._temp_dir, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(self._temp_lock, fcntl.LOCK_EX)
+        ray.init(
+            address="local",
+            num_cpus=self._config.num_cpus or len(os.sched_getaffinity(0)),
+            namespace=self._config.namespace,
+            object_store_memory=max(parse_size(self._config.object_store_bytes), 80 * 2**20),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            _temp_dir=str(self._temp_dir),
+        )
+
+
+@contextmanager
+def _keep_signal_handlers() -> Iterator[None]:
+    """``ray.init`` would replace the handler of SIGTERM by one that exits there and then."""
+    from ray._private import utils
+
+    replaced, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = replaced
+
+
+def _sweep() -> None:
+    """Remove this user's folders whose process is dead: its lock, which the kernel undoes, tells across containers."""
+    for path in TEMP_ROOT.glob("longctx-ray-*"):
+        match = _TEMP_NAME.fullmatch(path.name)
+        if match is None or psutil.pid_exists(int(match[1])):
+            continue
+        with suppress(OSError):  # removed meanwhile, locked, or not ours
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if os.fstat(fd).st_uid == os.getuid():
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+            finally:
+                os.close(fd)

@@ -1,0 +1,175 @@
+"""What the router knows of one worker, and of one request on its way."""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from cluster.config import ClusterConfig
+from cluster.delta_buffer import DeltaBuffer
+from cluster.handle import WorkerHandle
+from cluster.messages import WorkerInfo, WorkerReport
+from cluster.placed_prefixes import PlacedPrefixes, digest_prefix
+from cluster.policies.policy import WorkerLoad
+from cluster.serving import WorkerHealth, WorkerStats
+from longctx.errors import WorkerLostError
+from longctx.messages import EngineStats, GenerationRequest, OutputDelta
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class WorkerPeer:
+    """One worker, as last heard."""
+
+    handle: WorkerHandle
+    call_timeout_s: float  # for what it answers between two steps
+    info: WorkerInfo | None = None
+    transports: tuple[str, ...] = ()  # prefill workers: what they can send with
+    is_alive: bool = False
+    reason: str = "it is loading the model"  # why not alive
+    stats: WorkerStats | None = None
+    pending_tokens: int = 0  # prompt tokens placed here that are to be computed
+    num_requests: int = 0  # placed here, not finished
+    prefixes: PlacedPrefixes = field(default_factory=PlacedPrefixes)
+    _answers: set[asyncio.Future[Any]] = field(default_factory=set)  # awaited
+
+    @property
+    def name(self) -> str:
+        return self.handle.name
+
+    @property
+    def role(self) -> str:
+        return self.handle.role
+
+    async def join(self, config: ClusterConfig) -> WorkerInfo:
+        """Wait until it has loaded the model, and make it forget what came before. Raises what went wrong."""
+        start = self.handle.call("start")
+        info: WorkerInfo = await _within(config.start_timeout_s, start, failure="it did not load the model in")
+        await self.call("reset")
+        if self.role == "prefill":
+            self.transports = await self.call("transports")
+        self.prefixes.clear()
+        self.info, self.is_alive, self.reason = info, True, ""
+        return info
+
+    async def poll(self, config: ClusterConfig) -> WorkerReport:
+        """What is new; raises ``WorkerLostError`` if it is silent or not the one that joined."""
+        poll, timeout_s = self.handle.call("poll", config.heartbeat_s), config.heartbeat_s + config.worker_timeout_s
+        report: WorkerReport = await _within(timeout_s, poll, failure="it gave no sign of life for")
+        if self.info is None or report.incarnation != self.info.incarnation:
+            raise WorkerLostError("it was restarted")
+        return report
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """What the worker answers.
+
+        Raises what it raised, ``WorkerLostError`` as soon as ``lose`` is called, ``TimeoutError`` if it takes too long.
+        """
+        answer = asyncio.ensure_future(self.handle.call(method, *args))
+        self._answers.add(answer)
+        try:
+            await asyncio.wait({answer}, timeout=self.call_timeout_s)
+            if answer.cancelled():
+                raise WorkerLostError(f"{self.name} is lost: {self.reason}")
+            if not answer.done():
+                raise TimeoutError(f"{self.name} did not answer within {self.call_timeout_s:g} s")
+            return answer.result()
+        finally:
+            self._answers.discard(answer)
+            answer.cancel()
+
+    def lose(self, reason: str) -> None:
+        """Nothing more is expected of it; who waits for an answer is told so."""
+        self.is_alive, self.reason = False, reason
+        for answer in self._answers:
+            answer.cancel()
+
+    def load(self, flight: "Flight") -> WorkerLoad:
+        """What a policy sees when it places ``flight``."""
+        engine = self.stats.engine if self.stats else EngineStats()
+        return WorkerLoad(
+            self.name,
+            self.info.node_id if self.info else "",
+            self.pending_tokens,
+            self.num_requests,
+            num_free_pages=engine.num_pages - engine.num_pages_used,
+            num_cached_tokens=self.prefixes.count_tokens(flight.digests),
+        )
+
+    def count_uncached(self, flight: "Flight") -> int:
+        """Prompt tokens of ``flight`` that it would probably compute."""
+        return flight.num_tokens - self.prefixes.count_tokens(flight.digests)
+
+    def expect(self, flight: "Flight") -> None:
+        """The prompt of ``flight`` will be in the prefix cache."""
+        assert self.info is not None
+        num_held = self.stats.engine.num_pages * self.stats.engine.page_size if self.stats else 0
+        self.prefixes.add(flight.digests, max_tokens=num_held or self.info.max_context)
+
+    def transport_to(self, decode: "WorkerPeer") -> str:
+        """``shared_memory`` on one host if this one's pool allows it, else ``tcp``; or the one that is configured."""
+        assert self.info is not None and decode.info is not None
+        if len(self.transports) == 1:
+            return self.transports[0]
+        return "shared_memory" if self.info.node_id == decode.info.node_id else "tcp"
+
+    def health(self) -> WorkerHealth:
+        """For ``/health``."""
+        return WorkerHealth(self.name, self.role, self.is_alive, "" if self.is_alive else self.reason)
+
+    def describe(self) -> WorkerStats:
+        """For ``/status`` and ``/metrics``: what was last heard."""
+        known = self.stats or WorkerStats(self.name, self.role, EngineStats())
+        return WorkerStats(
+            self.name,
+            self.role,
+            known.engine,
+            host=known.host or (self.info.host if self.info else ""),
+            pid=known.pid or (self.info.pid if self.info else 0),
+            transport=known.transport,
+            bytes_shipped=known.bytes_shipped,
+            alive=self.is_alive,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request from submission to its last delta."""
+
+    request_id: str  # as the client's side knows it
+    request: GenerationRequest  # as the workers know it
+    buffer: DeltaBuffer = field(default_factory=DeltaBuffer)
+    decode: WorkerPeer | None = None
+    prefill: WorkerPeer | None = None  # while it computes or ships the prompt
+    num_pending_tokens: int = 0  # what it adds to that one's
+    digests: list[bytes] = field(default_factory=list)  # of the prompt's prefixes
+    has_output: bool = False
+    num_tries: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens."""
+        return len(self.request.prompt_token_ids)
+
+    def rename(self) -> None:
+        """Before a new try: what workers still say of the last one must not be taken for this one's."""
+        self.request = replace(self.request, request_id=f"{self.request_id}#{self.num_tries}")
+
+    def to_client(self, deltas: list[OutputDelta]) -> list[OutputDelta]:
+        """The workers' deltas under the client's id."""
+        if self.num_tries == 0:
+            return deltas
+        return [replace(delta, request_id=self.request_id) for delta in deltas]
+
+
+def make_flight(request: GenerationRequest) -> Flight:
+    """A request that was submitted."""
+    return Flight(request.request_id, request, digests=digest_prefix(request.prompt_token_ids, request.cache_salt))
+
+
+async def _within(timeout_s: float, answer: Awaitable[T], *, failure: str) -> T:
+    try:
+        return await asyncio.wait_for(answer, timeout_s)
+    except TimeoutError:
+        raise WorkerLostError(f"{failure} {timeout_s:g} s") from None

@@ -1,0 +1,60 @@
+"""What can be wrong with ``longctx serve`` before anything runs, found in seconds and without Ray or torch."""
+
+import dataclasses
+import os
+import socket
+
+import psutil
+
+from cluster.auth import load_keys
+from cluster.config import ServeConfig, ServerConfig
+from cluster.serving import ServedModel, describe_model
+from longctx.engine.config import parse_budget
+from longctx.errors import ConfigError
+from longctx.models.checkpoint import inspect_checkpoint
+
+
+def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
+    """What can be wrong before anything runs. Returns the configuration as the workers get it, and the model.
+
+    Raises ``CheckpointError`` or ``ConfigError``.
+    """
+    path = config.model.path
+    if path != "demo":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=os.path.abspath(path)))
+    spec = inspect_checkpoint(config.model.path)
+    load_keys(config.server)
+    if config.ray.address is None:
+        check_port(config.server)
+        _check_memory(config)
+    model = describe_model(spec, config.model)
+    from longctx.models.tokenizer import load_tokenizer  # transformers takes a second: after what needs none
+
+    load_tokenizer(spec, config.model.chat_template)
+    return config, model
+
+
+def check_port(server: ServerConfig) -> None:
+    """Raise ``ConfigError`` if this machine cannot listen on ``server.host`` and ``server.port``."""
+    with socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((server.host, server.port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(
+                f"server.host={server.host} server.port={server.port} cannot be listened on: {reason}; "
+                "choose another, as server.port=8001"
+            ) from None
+
+
+def _check_memory(config: ServeConfig) -> None:
+    """Every worker of this machine takes its own KV pool."""
+    budget = parse_budget(config.engine.kv_bytes)
+    num_workers = config.cluster.num_prefill_workers + config.cluster.num_decode_workers
+    available = psutil.virtual_memory().available
+    if budget is not None and config.model.device != "cuda" and budget * num_workers > available:
+        raise ConfigError(
+            f"engine.kv_bytes={config.engine.kv_bytes} for each of {num_workers} workers is more than the "
+            f"{available / 2**30:.1f} GiB of memory that are free; at most {available // num_workers // 2**20}MiB"
+        )

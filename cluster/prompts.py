@@ -1,0 +1,72 @@
+"""From a checked request to generation requests: tokenises, off the event loop when it takes long."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from cluster.openai_schema import Call, ChatCall, CompletionCall, Prompt
+from cluster.serving import PromptTokenizer, ServedModel
+from longctx.errors import RequestError
+from longctx.messages import GenerationRequest
+
+T = TypeVar("T")
+INLINE_CHARACTERS = 4096  # shorter texts are tokenised in less time than a thread takes
+
+
+async def encode_prompts(call: CompletionCall, tokenizer: PromptTokenizer) -> list[tuple[int, ...]]:
+    """Token ids of every prompt."""
+
+    def encode(prompt: Prompt) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+
+    return await _run(lambda: [encode(prompt) for prompt in call.prompts], sum(map(len, call.prompts)))
+
+
+async def echo_prompts(call: CompletionCall, tokenizer: PromptTokenizer) -> list[str]:
+    """The prompts' texts, once for each of their sequences; empty without ``echo``."""
+    if not call.echo:
+        return [""] * (len(call.prompts) * call.sampling.n)
+
+    def decode(prompt: Prompt) -> str:
+        return prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt), skip_special_tokens=False)
+
+    texts = await _run(lambda: [decode(prompt) for prompt in call.prompts], sum(map(len, call.prompts)))
+    return [text for text in texts for _ in range(call.sampling.n)]
+
+
+async def encode_messages(call: ChatCall, tokenizer: PromptTokenizer) -> list[tuple[int, ...]]:
+    """Token ids of the conversation, as the only prompt."""
+    num_characters = sum(len(message["content"]) for message in call.messages)
+    ids = await _run(lambda: tokenizer.encode_chat(call.messages, **call.template_kwargs), num_characters)
+    return [tuple(ids)]
+
+
+def make_requests(
+    prompts: Sequence[tuple[int, ...]], call: Call, *, model: ServedModel, request_id: str, param: str
+) -> list[GenerationRequest]:
+    """One request for each prompt; raises ``RequestError`` if one is empty or leaves no room for output.
+
+    Args:
+        prompts: token ids.
+        call: how to continue them.
+        model: gives the limits.
+        request_id: of the HTTP request.
+        param: the field that held the prompts.
+    """
+    for prompt in prompts:
+        if not prompt:
+            raise RequestError(f"{param} is empty; it must hold at least one token", param=param)
+        if len(prompt) >= model.max_context:
+            text = (
+                f"the prompt has {len(prompt)} tokens; this model's context is {model.max_context} tokens of prompt "
+                f"and output together, so a prompt may have {model.max_context - 1}"
+            )
+            raise RequestError(text, param=param, code="context_length_exceeded")
+    return [
+        GenerationRequest(f"{request_id}-{i}", prompt, call.sampling, call.cache_salt)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+async def _run(work: Callable[[], T], num_characters: int) -> T:
+    return work() if num_characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)

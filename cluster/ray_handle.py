@@ -1,0 +1,55 @@
+"""A worker actor as the router sees it. Knows nothing of what the actor runs, and so loads no torch."""
+
+from contextvars import Context
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, TaskCancelledError
+
+from longctx.errors import LongctxError, WorkerLostError
+
+
+class RayHandle:
+    """See ``cluster.handle.WorkerHandle``."""
+
+    def __init__(self, name: str, role: str, actor: Any) -> None:
+        self._name, self._role, self._actor = name, role, actor
+
+    @property
+    def name(self) -> str:
+        """The worker's name."""
+        return self._name
+
+    @property
+    def role(self) -> str:
+        """The worker's role."""
+        return self._role
+
+    @property
+    def actor(self) -> Any:
+        """Ray's handle."""
+        return self._actor
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        """See ``WorkerHandle.call``.
+
+        In a context of its own: when a client leaves, Serve cancels every Ray task that was begun in its request's,
+        the ``cancel`` that frees its pages among them.
+        """
+        try:
+            return await Context().run(getattr(self._actor, method).remote, *args)
+        except RayTaskError as error:
+            raise error.cause or error from None
+        except TaskCancelledError:  # says nothing of the worker
+            raise LongctxError(f"a call to {self._name} was cancelled") from None
+        except ActorUnavailableError:
+            raise WorkerLostError(f"the process of {self._name} ended; Ray starts it again") from None
+        except RayActorError:
+            raise WorkerLostError(f"the process of {self._name} ended for good") from None
+        except RayError as error:
+            raise WorkerLostError(f"{self._name} cannot be reached: {str(error).splitlines()[0]}") from None
+
+
+def find_worker(name: str, role: str, namespace: str) -> RayHandle:
+    """The actor ``name`` that was created elsewhere."""
+    return RayHandle(name, role, ray.get_actor(name, namespace=namespace))

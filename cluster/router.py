@@ -1,0 +1,316 @@
+"""Places requests on prefill and decode workers, and brings their output back. A ``ServingBackend``; knows no Ray.
+
+    client -> submit -> policy picks P and D -> D.admit: pages reserved, lease granted -> P.prefill(request, lease)
+                 P computes, its transport fills D's pages, layer by layer
+    client <- deltas <- one long poll per worker, all requests together <- D
+
+Prompts enter first come, first served; a prefill worker is given only so many tokens at a time, so that leases do not
+wait in its queue. Who dies or freezes is noticed by its poll: a lost prefill worker costs time, a lost decode worker
+costs the requests whose text has begun, the others start over elsewhere. (Over 300 lines: placing, leaving and
+following are one state machine over the same fields; what concerns one worker or request alone is in ``peer.py``.)
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+
+from cluster.config import ServeConfig
+from cluster.delta_buffer import DeltaBuffer
+from cluster.handle import WorkerHandle
+from cluster.messages import Admission, WorkerReport
+from cluster.peer import Flight, WorkerPeer, make_flight
+from cluster.policies import POLICIES
+from cluster.policies.policy import Policy
+from cluster.serving import Health, NotReadyError, PromptTokenizer, ServedModel, WorkerStats
+from longctx.errors import LongctxError, QueueFullError, WorkerLostError
+from longctx.messages import GenerationRequest, OutputDelta
+
+logger = logging.getLogger(__name__)
+
+REJOIN_INTERVAL_S = 0.5  # between two attempts to reach a lost worker
+FULL_WAIT_S = 0.05  # longest wait before a full worker is asked again
+MAX_TRIES = 3  # decode workers that may be lost under one request
+STOPPING = "the server is stopping"
+PREFILL_WINDOW = 4  # a prefill worker holds this many batches' tokens at most, or one prompt
+
+
+class Router:
+    """One deployment's router.
+
+    Args:
+        handles: its workers.
+        config: the deployment's.
+        model: how clients see it; its context is lowered to what the workers' pools hold.
+        tokenizer: the model's.
+    """
+
+    def __init__(
+        self, handles: Sequence[WorkerHandle], config: ServeConfig, *, model: ServedModel, tokenizer: PromptTokenizer
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._config = config
+        self._peers = [WorkerPeer(handle, config.cluster.call_timeout_s) for handle in handles]
+        self._policy: Policy = POLICIES.get(config.cluster.policy)()
+        self._flights: dict[str, Flight] = {}  # by the id that workers know
+        self._num_waiting = 0
+        self._is_stopping = False
+        self._transfer_turn, self._local_turn = asyncio.Lock(), asyncio.Lock()
+        self._change = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begin to follow the workers; they may still be loading."""
+        for peer in self._peers:
+            self._spawn(self._follow(peer))
+
+    async def stop(self) -> None:
+        """End the requests in flight, placed or not; the workers go on."""
+        self._is_stopping = True
+        self._note_change()
+        for flight in self._flights.values():
+            flight.buffer.fail(NotReadyError(STOPPING))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def submit(self, request: GenerationRequest) -> AsyncIterator[list[OutputDelta]]:
+        """See ``ServingBackend.submit``."""
+        if self._num_waiting >= self._config.engine.max_waiting:
+            raise QueueFullError(f"{self._num_waiting} requests are waiting already (engine.max_waiting)")
+        flight = self._flights[request.request_id] = make_flight(request)
+        num_unfinished = request.sampling.n
+        try:
+            while num_unfinished:
+                try:
+                    if flight.decode is None:
+                        await self._wait_for_place(flight)
+                    deltas = await flight.buffer.take()
+                except WorkerLostError:
+                    self._retry(flight)
+                    continue
+                num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+                flight.has_output = True
+                yield flight.to_client(deltas)
+        finally:
+            del self._flights[flight.request.request_id]
+            self._leave(flight, cancels=num_unfinished > 0)
+
+    def worker_of(self, request_id: str) -> str:
+        """Name of the decode worker."""
+        retried = (flight for flight in self._flights.values() if flight.request_id == request_id)
+        flight = self._flights.get(request_id) or next(retried, None)
+        return flight.decode.name if flight and flight.decode else ""
+
+    async def health(self) -> Health:
+        """Ready while a decode worker is."""
+        workers = tuple(peer.health() for peer in self._peers)
+        ready = any(worker.ready for worker in workers if worker.role == "decode")
+        reasons = [f"{worker.name}: {worker.reason}" for worker in workers if not worker.ready]
+        return Health(ready, "; ".join(reasons), workers)
+
+    async def worker_stats(self) -> list[WorkerStats]:
+        """Every worker, as last heard."""
+        return [peer.describe() for peer in self._peers]
+
+    # Placing
+
+    async def _wait_for_place(self, flight: Flight) -> None:
+        self._num_waiting += 1
+        try:
+            has_prefill = any(peer.role == "prefill" for peer in self._peers)
+            transfers = has_prefill and flight.num_tokens > self._config.cluster.local_prefill_tokens
+            async with self._transfer_turn if transfers else self._local_turn:
+                while not await self._try_place(flight, transfers=transfers):
+                    await self._wait_for_change()
+        finally:
+            self._num_waiting -= 1
+
+    async def _try_place(self, flight: Flight, *, transfers: bool) -> bool:
+        """Hand the request to the policy's choice, or its next one if that has no room; False if none has."""
+        full: set[str] = set()
+        while True:
+            prefill, decode = self._choose(flight, transfers=transfers, full=full)
+            if decode is None or (prefill is not None and not self._has_window(prefill, flight)):
+                return False
+            admission = await self._admit(flight, prefill, decode)
+            if admission.kind != "full":
+                break
+            full.add(decode.name)
+        decode.expect(flight)
+        if admission.kind == "leased":
+            assert prefill is not None
+            await self._prefill(flight, prefill, decode, admission)
+        return True
+
+    async def _admit(self, flight: Flight, prefill: WorkerPeer | None, decode: WorkerPeer) -> Admission:
+        """Ask a decode worker, which has the request from now on unless it is full."""
+        transport = prefill.transport_to(decode) if prefill else None
+        flight.decode, flight.buffer = decode, DeltaBuffer()  # its deltas may be here before its answer
+        decode.num_requests += 1
+        try:
+            admission: Admission = await self._call(decode, "admit", flight.request, transport)
+        except BaseException:
+            self._leave(flight, cancels=True)  # it may have been admitted all the same
+            raise
+        if admission.kind == "full":
+            self._leave_decode(flight)
+        return admission
+
+    async def _prefill(self, flight: Flight, prefill: WorkerPeer, decode: WorkerPeer, admission: Admission) -> None:
+        """Let a prefill worker fill the lease; if it cannot, the decode worker computes the prompt itself."""
+        flight.prefill = prefill
+        flight.num_pending_tokens = prefill.count_uncached(flight)
+        prefill.pending_tokens += flight.num_pending_tokens
+        prefill.num_requests += 1
+        prefill.expect(flight)
+        try:
+            await self._call(prefill, "prefill", flight.request, admission.grant)
+        except (LongctxError, TimeoutError) as error:
+            self._leave_prefill(flight)
+            await self._call(decode, "compute_here", flight.request.request_id, str(error))
+
+    def _choose(
+        self, flight: Flight, *, transfers: bool, full: set[str]
+    ) -> tuple[WorkerPeer | None, WorkerPeer | None]:
+        """Prefill worker, if one is to be used, and decode worker; None if all of these are ``full``."""
+        if self._is_stopping:
+            raise NotReadyError(STOPPING)
+        alive = {peer.name: peer for peer in self._peers if peer.is_alive}
+        decode = [peer.load(flight) for peer in alive.values() if peer.role == "decode"]
+        prefill = [peer.load(flight) for peer in alive.values() if peer.role == "prefill"] if transfers else []
+        if not decode:
+            lost = "; ".join(f"{p.name}: {p.reason}" for p in self._peers if p.role == "decode")
+            raise NotReadyError(f"no decode worker is ready ({lost})")
+        decode = [load for load in decode if load.name not in full]
+        if not decode:
+            return None, None
+        computer, generator = self._policy.choose(prefill, decode, num_tokens=flight.num_tokens)
+        return alive[computer.name] if computer else None, alive[generator.name]
+
+    def _has_window(self, peer: WorkerPeer, flight: Flight) -> bool:
+        window = PREFILL_WINDOW * self._config.engine.max_batch_tokens
+        return peer.pending_tokens == 0 or peer.pending_tokens + peer.count_uncached(flight) <= window
+
+    async def _wait_for_change(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._change.wait(), FULL_WAIT_S)
+
+    def _note_change(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+
+    # Leaving
+
+    def _retry(self, flight: Flight) -> None:
+        """Start a request over whose decode worker was lost, if nothing of it was seen yet."""
+        lost = flight.decode.name if flight.decode else "a worker"
+        self._leave(flight, cancels=True)
+        flight.num_tries += 1
+        if flight.has_output or flight.num_tries >= MAX_TRIES:
+            raise WorkerLostError(f"decode worker {lost} was lost while it generated")
+        del self._flights[flight.request.request_id]
+        flight.rename()
+        self._flights[flight.request.request_id] = flight
+
+    def _leave(self, flight: Flight, *, cancels: bool) -> None:
+        peers = [peer for peer in (flight.prefill, flight.decode) if peer is not None]
+        self._leave_prefill(flight)
+        self._leave_decode(flight)
+        for peer in peers if cancels else ():
+            self._spawn(self._cancel_at(peer, flight.request.request_id))
+
+    def _leave_prefill(self, flight: Flight) -> None:
+        peer, flight.prefill = flight.prefill, None
+        if peer is not None:
+            peer.pending_tokens -= flight.num_pending_tokens
+            peer.num_requests -= 1
+            self._note_change()
+
+    def _leave_decode(self, flight: Flight) -> None:
+        peer, flight.decode = flight.decode, None
+        if peer is not None:
+            peer.num_requests -= 1
+            self._note_change()
+
+    async def _cancel_at(self, peer: WorkerPeer, request_id: str) -> None:
+        with suppress(LongctxError, TimeoutError):  # a lost worker is reset before it is used again
+            await self._call(peer, "cancel", request_id)
+
+    # Following
+
+    async def _follow(self, peer: WorkerPeer) -> None:
+        """Poll one worker for as long as the router lives."""
+        while True:
+            try:
+                info = await peer.join(self._config.cluster)
+                logger.info("%s is ready (pid %d on %s)", peer.name, info.pid, info.host)
+                self.model = dataclasses.replace(self.model, max_context=min(self.model.max_context, info.max_context))
+                self._note_change()
+                while peer.is_alive:
+                    report = await peer.poll(self._config.cluster)
+                    if peer.is_alive:  # nobody else noticed meanwhile that it is not
+                        self._take(peer, report)
+            except Exception as error:  # noqa: BLE001 - whatever it is, this worker cannot be used, and the reason is shown
+                self._lose(peer, str(error) or type(error).__name__)
+            await asyncio.sleep(REJOIN_INTERVAL_S)
+
+    def _lose(self, peer: WorkerPeer, reason: str) -> None:
+        if not peer.is_alive:
+            peer.reason = reason
+            return
+        logger.error("%s is lost: %s", peer.name, reason)
+        peer.lose(reason)
+        for flight in list(self._flights.values()):
+            if flight.decode is peer:
+                flight.buffer.fail(WorkerLostError(f"{peer.name} is lost: {reason}"))
+            elif flight.prefill is peer:
+                self._recover(flight, f"{peer.name} is lost")
+        self._note_change()
+
+    def _recover(self, flight: Flight, reason: str) -> None:
+        """The prefill worker cannot: the decode worker computes the prompt itself."""
+        self._leave_prefill(flight)
+        if flight.decode is not None:
+            self._spawn(self._compute_at(flight.decode, flight.request.request_id, reason))
+
+    async def _compute_at(self, decode: WorkerPeer, request_id: str, reason: str) -> None:
+        with suppress(LongctxError, TimeoutError):  # a lost one's requests are tried elsewhere
+            await self._call(decode, "compute_here", request_id, reason)
+
+    def _take(self, peer: WorkerPeer, report: WorkerReport) -> None:
+        if report.stats is not None:
+            peer.stats = report.stats
+        for request_id, reason in report.finished:
+            flight = self._flights.get(request_id)
+            if flight is not None and flight.prefill is peer:
+                if reason:
+                    self._recover(flight, reason)
+                else:
+                    self._leave_prefill(flight)
+        unknown: set[str] = set()
+        for delta in report.deltas:
+            flight = self._flights.get(delta.request_id)
+            if flight is not None and flight.decode is peer:
+                flight.buffer.put((delta,))
+            elif delta.finish_reason is None:
+                unknown.add(delta.request_id)
+        for request_id in unknown:
+            self._spawn(self._cancel_at(peer, request_id))
+
+    async def _call(self, peer: WorkerPeer, method: str, *args: object):
+        """See ``WorkerPeer.call``; a worker that cannot be reached is lost at once, not when its poll notices."""
+        if not peer.is_alive:
+            raise WorkerLostError(f"{peer.name} is lost: {peer.reason}")
+        try:
+            return await peer.call(method, *args)
+        except WorkerLostError as error:
+            self._lose(peer, str(error))
+            raise
+
+    def _spawn(self, coroutine) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,106 @@
+"""The endpoint on Ray Serve: one replica that holds the router, behind Serve's HTTP proxy."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from starlette.applications import Starlette
+
+from cluster.config import ServeConfig
+from cluster.endpoint import make_app
+from cluster.ray_handle import find_worker
+from cluster.router import Router
+from cluster.serving import ServedModel
+from cluster.terminal import log_to_terminal
+from longctx.errors import ConfigError
+
+MAX_ONGOING = 100_000  # ours to refuse (server.max_requests), with an answer that says so
+GRACE_S = 3.0
+HEALTH_PERIOD_S = 5.0
+SERVE_CONTROLLER_NAME, SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
+SERVE_TIMEOUT_S = 30.0
+
+
+class ServeApp:
+    """The endpoint of one deployment, in the Serve of the Ray that this process is connected to."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._name = config.ray.namespace
+        self._owns_serve = True  # nobody else used Serve before us
+        self._is_deployed = False
+        self.found_serve = False  # one runs, and listens already
+
+    def join(self) -> None:
+        """Look for a Serve that runs; raises ``ConfigError`` if it listens elsewhere: a cluster has one."""
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        try:
+            controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            return
+        server = self._config.server
+        found: Any = ray.get(controller.get_http_config.remote(), timeout=SERVE_TIMEOUT_S)
+        if (found.host, found.port) != (server.host, server.port):
+            raise ConfigError(
+                f"server.host={server.host} server.port={server.port} is not possible: this cluster's Ray Serve "
+                f"listens already; use server.host={found.host} server.port={found.port}"
+            )
+        self.found_serve = True
+        self._owns_serve = set(serve.status().applications) == {self._name}  # left by one that was killed
+
+    def deploy(self, model: ServedModel, workers: Sequence[tuple[str, str]]) -> None:
+        """Start Serve's proxy on ``server.host:server.port`` and the endpoint behind it; returns when it answers.
+
+        Args:
+            model: how clients see it.
+            workers: (name, role) of each worker actor.
+        """
+        self._is_deployed = True
+        server = self._config.server
+        options = HTTPOptions(host=server.host, port=server.port)
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config={"log_level": "WARNING"})
+        deployment = serve.deployment(
+            name="endpoint",
+            num_replicas=1,
+            max_ongoing_requests=MAX_ONGOING,
+            ray_actor_options={"num_cpus": 0},
+            graceful_shutdown_timeout_s=GRACE_S,
+            graceful_shutdown_wait_loop_s=0.2,
+            health_check_period_s=HEALTH_PERIOD_S,
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        endpoint: Any = deployment(serve.ingress(_make_builder(self._config, model, workers))(_Endpoint))
+        serve.run(endpoint.bind(), name=self._name, route_prefix="/")
+
+    def withdraw(self) -> None:
+        """End the endpoint if it was begun, and Serve with it unless others use it."""
+        if not self._is_deployed:
+            return
+        if not self._owns_serve or set(serve.status().applications) - {self._name}:
+            serve.delete(self._name)
+        else:
+            serve.shutdown()
+
+
+class _Endpoint:
+    """What Serve wraps; the application is all of it."""
+
+
+def _make_builder(
+    config: ServeConfig, model: ServedModel, workers: Sequence[tuple[str, str]]
+) -> Callable[[], Starlette]:
+    def build() -> Starlette:
+        """In the replica's process: neither torch nor an engine is loaded there."""
+        from longctx.models.checkpoint import inspect_checkpoint
+        from longctx.models.tokenizer import load_tokenizer
+
+        log_to_terminal("endpoint", logging.WARNING)
+        logging.getLogger("cluster.router").setLevel(logging.INFO)  # workers that come and go
+        tokenizer = load_tokenizer(inspect_checkpoint(config.model.path), config.model.chat_template)
+        handles = [find_worker(name, role, config.ray.namespace) for name, role in workers]
+        return make_app(Router(handles, config, model=model, tokenizer=tokenizer), config.server)
+
+    return build

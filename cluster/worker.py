@@ -1,0 +1,211 @@
+"""What prefill and decode workers share: an engine on its own thread, and an outbox that the router polls.
+
+Plain classes; ``cluster/actors.py`` makes Ray actors of them. Their coroutines run on one event loop, apart from the
+engine's thread: the worker answers while a long step computes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import uuid
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from cluster.config import ServeConfig
+from cluster.messages import WorkerInfo, WorkerReport
+from cluster.serving import WorkerStats
+from longctx.engine.build import MakePool, build_engine
+from longctx.engine.engine import Engine
+from longctx.engine.loop import EngineLoop
+from longctx.errors import WorkerLostError
+from longctx.messages import OutputDelta
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+STATS_INTERVAL_S = 0.25
+
+
+class Worker(ABC):
+    """One engine behind coroutines.
+
+    Args:
+        name: unique in the deployment.
+        config: of the deployment.
+        node_id: of the machine; workers with equal ones share /dev/shm.
+    """
+
+    role: str
+
+    def __init__(self, name: str, config: ServeConfig, *, node_id: str = "") -> None:
+        self.name = name
+        self.config = config
+        self.node_id = node_id or socket.gethostname()
+        self.incarnation = uuid.uuid4().hex
+        self._engine: Engine | None = None
+        self._engine_loop: EngineLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news = asyncio.Event()
+        self._deltas: deque[OutputDelta] = deque()
+        self._finished: deque[tuple[str, str]] = deque()
+        self._starting = asyncio.Lock()
+        self._is_closed = False
+        self._stats: WorkerStats | None = None
+        self._stats_due = 0.0
+
+    # For the router
+
+    async def start(self) -> WorkerInfo:
+        """Load the model, once; says what the worker is. Raises ``CheckpointError`` or ``ConfigError``."""
+        async with self._starting:
+            self._check_open()
+            if self._engine_loop is None:
+                self._loop = asyncio.get_running_loop()
+                self._engine = await self._build_engine()
+                try:
+                    self._open(self._engine)
+                except BaseException:
+                    self._engine = None
+                    raise
+                self._engine_loop = EngineLoop(self._engine, self.post, name=self.name)
+        return self.info()
+
+    def info(self) -> WorkerInfo:
+        """What the worker is."""
+        return WorkerInfo(
+            self.name,
+            self.role,
+            self.incarnation,
+            socket.gethostname(),
+            self.node_id,
+            os.getpid(),
+            self.engine.max_context,
+        )
+
+    async def poll(self, max_wait_s: float) -> WorkerReport:
+        """What is new; waits up to ``max_wait_s`` seconds for something. One caller at a time."""
+        self._check_open()
+        if not self._news.is_set():
+            with contextlib.suppress(TimeoutError):  # the answer is itself a sign of life
+                await asyncio.wait_for(self._news.wait(), max_wait_s)
+        self._news.clear()
+        deltas, finished = _drain(self._deltas), _drain(self._finished)
+        return WorkerReport(self.incarnation, deltas, finished, self._take_stats())
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request wherever it stands; an unknown one is no error."""
+        await self.on_engine(self._cancel, request_id)
+
+    async def reset(self) -> None:
+        """End everything: a new router begins."""
+        await self.on_engine(self._reset)
+        self._deltas.clear()
+        self._finished.clear()
+
+    async def close(self) -> None:
+        """Stop the engine and give everything back. Idempotent."""
+        self._is_closed = True
+        engine_loop, self._engine_loop = self._engine_loop, None
+        if engine_loop is not None:
+            try:
+                await asyncio.to_thread(engine_loop.close, CLOSE_TIMEOUT_S)
+            except TimeoutError as error:
+                logger.warning("%s: %s", self.name, error)
+            await asyncio.to_thread(self._shut)
+
+    # For the parts of a worker
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; ``WorkerLostError`` before ``start``."""
+        if self._engine is None:
+            raise WorkerLostError(f"{self.name} has not started")
+        return self._engine
+
+    async def on_engine(self, function, /, *args):  # noqa: ANN201 - as EngineLoop.call
+        """Run ``function`` on the engine's thread between two steps and wait for its result."""
+        return await asyncio.wrap_future(self.engine_loop.call(function, *args))
+
+    @property
+    def engine_loop(self) -> EngineLoop:
+        """The engine's thread; ``WorkerLostError`` before ``start`` (Ray restarted the process) and after ``close``."""
+        if self._engine_loop is None:
+            raise WorkerLostError(f"{self.name} is not running")
+        return self._engine_loop
+
+    def post(self, deltas: Iterable[OutputDelta]) -> None:
+        """Put deltas into the outbox; from any thread."""
+        self._deltas.extend(deltas)
+        self._announce()
+
+    def post_finished(self, request_id: str, reason: str = "") -> None:
+        """Tell the router that a prefill ended; from any thread."""
+        self._finished.append((request_id, reason))
+        self._announce()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise WorkerLostError(f"{self.name} is closed")
+
+    async def _build_engine(self) -> Engine:
+        """On a thread that ends: libgomp counts helpers of one that lives on, and lets the engine's sleep at once."""
+        build = partial(build_engine, self.config.model, self.config.engine, make_pool=self._make_pool())
+        executor = ThreadPoolExecutor(1)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, build)
+        finally:
+            executor.shutdown(wait=False)
+
+    def _announce(self) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._news.set)
+
+    def _take_stats(self) -> WorkerStats | None:
+        """The last known state; asks for a new one without waiting: a step may take seconds."""
+        now = asyncio.get_running_loop().time()
+        if self._engine_loop is not None and now >= self._stats_due:
+            self._stats_due = now + STATS_INTERVAL_S
+            self._engine_loop.call(self._note_stats)
+        stats, self._stats = self._stats, None
+        return stats
+
+    def _note_stats(self) -> None:
+        transport, shipped = self._describe_transport()
+        self._stats = WorkerStats(
+            self.name, self.role, self.engine.stats(), socket.gethostname(), os.getpid(), transport, shipped
+        )
+
+    @abstractmethod
+    def _make_pool(self) -> MakePool | None:
+        """How the page pool is allocated; None: plain memory."""
+
+    @abstractmethod
+    def _open(self, engine: Engine) -> None:
+        """Open the transports, once the engine is there."""
+
+    @abstractmethod
+    def _shut(self) -> None:
+        """Close the transports; the engine has stopped."""
+
+    @abstractmethod
+    def _cancel(self, request_id: str) -> None:
+        """On the engine's thread."""
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """On the engine's thread."""
+
+    @abstractmethod
+    def _describe_transport(self) -> tuple[str, int]:
+        """Names of the transports, and KV bytes shipped."""
+
+
+def _drain(queue: deque) -> tuple:
+    """Everything in ``queue``; others may append meanwhile."""
+    return tuple(queue.popleft() for _ in range(len(queue)))

@@ -1,0 +1,98 @@
+"""The interface of an attention implementation over paged KV.
+
+An implementation overrides ``store`` and ``attend``; one that fuses the steps before them overrides ``prepare``.
+Shape legend: T tokens, H query heads, K KV heads, D head dim, C = (H + 2K) * D.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from longctx.attention.batch import AttentionShape, PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMS norm over the head dimension of queries and keys (Qwen3); weights are float32 ``[head_dim]``."""
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+
+
+class AttentionBackend(ABC):
+    """Stores a batch's keys and values into pages and attends to everything stored."""
+
+    name: str
+    kv_order: str  # one of memory.layout.ORDERS
+    page_sizes: tuple[int, ...]  # allowed, preferred first; empty: any
+    graph_capturable = False  # whether decode runs without reading a tensor's values on the host
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this implementation cannot run here, or None if it can."""
+
+    @abstractmethod
+    def store(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> None:
+        """Write rotated keys and values to ``batch.slots_T``."""
+
+    @abstractmethod
+    def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
+        """Causal attention of each segment's queries over its pages; returns ``[T, H * D]`` in q's dtype."""
+
+    def prepare(
+        self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
+    ) -> torch.Tensor:
+        """Split, normalise, rotate and store; returns rotated queries ``[T, H, D]``."""
+        num_tokens, dim = qkv_TC.shape[0], shape.head_dim
+        heads = qkv_TC.view(num_tokens, -1, dim)
+        q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        if norm is not None:
+            q, k = rms_norm(q, norm.q_weight, norm.eps), rms_norm(k, norm.k_weight, norm.eps)
+        assert batch.cos_TD is not None and batch.sin_TD is not None
+        q, k = rotate(q, batch.cos_TD, batch.sin_TD), rotate(k, batch.cos_TD, batch.sin_TD)
+        self.store(k, v, shape, batch)
+        return q
+
+    def forward(
+        self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
+    ) -> torch.Tensor:
+        """One attention layer after the QKV projection; returns ``[T, H * D]``."""
+        q_THD = self.prepare(qkv_TC, norm, shape, batch)
+        if batch.on_layer is not None:
+            batch.on_layer(shape.layer_idx)
+        return self.attend(q_THD, shape, batch)
+
+    def rms_norm(self, x_TC: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMS norm over the last dimension; ``weight`` is float32 and already holds any added one (Gemma)."""
+        return rms_norm(x_TC, weight, eps)
+
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, addend_TC: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """``x += addend`` in place, then its RMS norm."""
+        return self.rms_norm(x_TC.add_(addend_TC), weight, eps)
+
+    def silu_mul(self, gate_up_TC: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) * up`` of ``[T, 2 * I]`` (gate first); returns ``[T, I]``."""
+        gate, up = gate_up_TC.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the last dimension, computed in float32, returned in x's dtype."""
+    x_float = x.float()
+    return (x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (rotate-half form) of the first ``cos.shape[-1]`` dimensions; the rest pass through."""
+    dim = cos_TD.shape[-1]
+    cos, sin = cos_TD.unsqueeze(1).to(x_THD.dtype), sin_TD.unsqueeze(1).to(x_THD.dtype)
+    turned = x_THD[..., :dim]
+    half = dim // 2
+    swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
+    rotated = turned * cos + swapped * sin
+    return rotated if dim == x_THD.shape[-1] else torch.cat((rotated, x_THD[..., dim:]), dim=-1)

@@ -1,0 +1,1 @@
+"""The command line: ``longctx <command> [key=value ...]``."""

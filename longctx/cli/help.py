@@ -1,0 +1,55 @@
+"""What ``--help`` prints: the commands, and every key of one command with its default and comment."""
+
+import dataclasses
+from typing import Any
+
+from longctx.cli.commands import COMMANDS, Command, load
+from longctx.config import CONFIG_FOLDER, list_keys, list_options
+from parallel.option import allowed
+
+_KEY_WIDTH = 40
+
+
+def describe_commands() -> str:
+    """The text of ``longctx --help``."""
+    width = max(len(name) for name in COMMANDS) + 2
+    lines = ["usage: longctx <command> [--config-dir DIR] [--traceback] [key=value ...]", "", "commands:"]
+    lines += [f"  {command.name:<{width}}{command.comment}" for command in COMMANDS.values()]
+    lines += ["", "longctx <command> --help lists the command's keys; longctx --version prints the version."]
+    return "\n".join(lines)
+
+
+def describe_keys(command: Command) -> str:
+    """The text of ``longctx <command> --help``."""
+    lines = [
+        f"usage: longctx {command.name} [--config-dir DIR] [--traceback] [key=value ...]",
+        "",
+        command.comment,
+        "",
+        "  --config-dir DIR   a folder of your own YAML, laid out as longctx's configs",
+        "  --traceback        show where an error came from",
+    ]
+    group = None
+    for key, field in list_keys(load(command.root)).items():
+        if key.rpartition(".")[0] != group:
+            group = key.rpartition(".")[0]
+            lines += ["", *_describe_group(group)]
+        shown = f"  {key}={_show(field)}"
+        gap = "\n" + " " * _KEY_WIDTH if len(shown) >= _KEY_WIDTH else " " * (_KEY_WIDTH - len(shown))
+        bounds = allowed(field.metadata)
+        lines.append(f"{shown}{gap}{field.metadata.get('comment', '')}" + (f" [{bounds}]" if bounds else ""))
+    return "\n".join(lines)
+
+
+def _describe_group(group: str) -> list[str]:
+    options = list_options(group, [CONFIG_FOLDER]) if group else []
+    return [f"{group}:" + (f"  ({group}=NAME takes {', '.join(options)})" if options else "")] if group else []
+
+
+def _show(field: dataclasses.Field[Any]) -> str:
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

@@ -1,0 +1,59 @@
+"""Checks a request against the model and the pool before it takes anything."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from longctx.engine.sampling import validate
+from longctx.engine.sequence import Int64Array
+from longctx.errors import RequestError
+from longctx.messages import GenerationRequest
+
+
+def check_request(
+    request: GenerationRequest, *, vocab_size: int, max_context: int, model_context: int, max_sequences: int
+) -> Int64Array:
+    """The prompt's token ids as an array.
+
+    Args:
+        request: what was asked for.
+        vocab_size: token ids are below this.
+        max_context: tokens of prompt and output together that fit the model and the pool.
+        model_context: what would fit if the pool were large enough, for the error text.
+        max_sequences: sequences one engine decodes together.
+
+    Raises:
+        RequestError: naming the field at fault, what it is and what is allowed.
+    """
+    validate(request.sampling, vocab_size=vocab_size)
+    if request.sampling.n > max_sequences:
+        raise RequestError(
+            f"n={request.sampling.n} is not allowed: at most {max_sequences} sequences run together "
+            "(engine.max_sequences)",
+            param="n",
+        )
+    prompt = _read_prompt(request.prompt_token_ids, vocab_size)
+    if len(prompt) + 1 > max_context:
+        limit = f"the context is {max_context} tokens, prompt and at least one new token together"
+        if max_context < model_context:
+            limit += f" (the model's {model_context} do not fit the KV budget, engine.kv_bytes)"
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens; {limit}", param="prompt", code="context_length_exceeded"
+        )
+    return prompt
+
+
+def _read_prompt(token_ids: Sequence[int], vocab_size: int) -> Int64Array:
+    if len(token_ids) == 0:
+        raise RequestError("the prompt is empty; give at least one token", param="prompt")
+    array = np.asarray(token_ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RequestError(f"prompt token ids must be integers from 0 to {vocab_size - 1}", param="prompt")
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if len(outside):
+        place = int(outside[0])
+        raise RequestError(
+            f"prompt token id {int(array[place])} at position {place} is not allowed: 0 to {vocab_size - 1}",
+            param="prompt",
+        )
+    return array.astype(np.int64)

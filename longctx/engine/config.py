@@ -1,0 +1,24 @@
+"""What the ``engine`` group of the configuration holds. No torch here."""
+
+from dataclasses import dataclass
+
+from parallel.option import option, parse_size
+
+
+def parse_budget(value: str | int) -> int | None:
+    """Bytes, or None for ``"auto"``; raises ``ValueError`` saying what is allowed."""
+    return None if value == "auto" else parse_size(value)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Pages, batches and queues of one engine."""
+
+    kv_bytes: str = option("auto", "KV budget, as 4GiB; auto: a share of the free memory", parse=parse_budget)
+    page_size: int | None = option(None, "tokens per page; null: what the attention implementation prefers", minimum=1)
+    max_batch_tokens: int = option(2048, "tokens computed in one step, prefill chunks and decode together", minimum=16)
+    max_sequences: int = option(128, "sequences decoded together at most", minimum=1)
+    max_waiting: int = option(512, "requests that may wait before new ones are refused", minimum=1)
+    prefix_cache: bool = option(True, "share the pages of equal prompt prefixes")
+    num_threads: int | None = option(None, "CPU threads; null: every core this process may use", minimum=1)
+    cuda_graphs: bool = option(True, "capture decode steps as CUDA graphs on a GPU")

@@ -1,0 +1,301 @@
+"""The engine: requests in, tokens out, one ``step`` at a time.
+
+A step: the scheduler picks what is computed (``scheduler``), the runner computes it (``runner``), the sampler chooses a
+token for every sequence that is up to date, and each token becomes text and perhaps an end (``output``). On a prefill
+worker requests come with an export and end after their first token; on a decode worker they come as reservations whose
+KV arrives. Not thread-safe: ``EngineLoop`` runs it on one thread.
+"""
+
+import logging
+import secrets
+
+import torch
+
+from longctx.engine.admission import check_request
+from longctx.engine.announcer import LayerAnnouncer
+from longctx.engine.config import EngineConfig
+from longctx.engine.continuation import Continuation
+from longctx.engine.export import KVExport, Reservation
+from longctx.engine.rows import DecodeRows
+from longctx.engine.runner import ModelRunner
+from longctx.engine.sampling import Sampler
+from longctx.engine.scheduler import Chunk, Scheduler
+from longctx.engine.sequence import ActiveRequest, Int64Array, RopeLengths, Sequence
+from longctx.errors import QueueFullError, RequestError
+from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
+from longctx.models.packed import PackedDecoder
+from longctx.models.tokenizer import Tokenizer
+from memory.pages import PagePool
+from memory.prefix_cache import PrefixCache
+
+logger = logging.getLogger(__name__)
+
+SEED_BITS = 63
+
+
+class Engine:
+    """Continuous batching over one model and one page pool.
+
+    Args:
+        decoder: the model.
+        pool: pages in ``decoder.layout``.
+        tokenizer: for text, and for the ids that end one.
+        config: batch and queue sizes.
+        max_context: tokens of prompt and output together; lowered to what the pool holds.
+    """
+
+    def __init__(
+        self, decoder: PackedDecoder, pool: PagePool, *, tokenizer: Tokenizer, config: EngineConfig, max_context: int
+    ) -> None:
+        self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
+        page_size = pool.layout.page_size
+        self.cache = PrefixCache(pool, enabled=config.prefix_cache)
+        self._rows = DecodeRows(
+            num_rows=2 * config.max_sequences,
+            num_tokens=config.max_sequences + max(config.max_batch_tokens, page_size),
+            num_table_pages=pool.layout.num_pages(min(max_context, pool.num_pages * page_size)),
+            page_size=page_size,
+        )
+        self._scheduler = Scheduler(
+            self.cache,
+            self._rows,
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            rope_lengths=_rope_lengths(decoder),
+        )
+        self._runner = ModelRunner(
+            decoder, pool, rows=self._rows, device=decoder.device, needs_rope_lens=decoder.rotary.depends_on_length
+        )
+        self._model_context = max_context
+        if config.cuda_graphs and decoder.device.type == "cuda" and not decoder.rotary.depends_on_length:
+            from longctx.engine.cuda_graphs import capture_decode_graphs
+
+            capture_decode_graphs(self._runner, max_sequences=config.max_sequences, max_kv_len=max_context)
+        self.max_context = min(max_context, self.cache.num_available * page_size)
+        self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)
+        self._announcer = LayerAnnouncer(num_layers=pool.layout.num_layers, page_size=page_size)
+        self._requests: dict[str, ActiveRequest] = {}  # added ones until they end or their export is done
+        self._continuation = Continuation(self._scheduler, self._announcer, self._requests)
+        self._reserved: dict[str, ActiveRequest] = {}
+        self._num_arrivals = self._num_steps = 0
+        self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
+
+    # Requests
+
+    def check(self, request: GenerationRequest) -> Int64Array:
+        """The prompt as an array; raises ``RequestError`` if the request cannot be served as it stands."""
+        return check_request(
+            request,
+            vocab_size=self.decoder.spec.vocab_size,
+            max_context=self.max_context,
+            model_context=self._model_context,
+            max_sequences=self.config.max_sequences,
+        )
+
+    def add(self, request: GenerationRequest, *, export: KVExport | None = None) -> None:
+        """Queue a request. With ``export`` only its prompt is computed and its first tokens sampled.
+
+        Raises:
+            RequestError: the request cannot be served as it stands.
+            QueueFullError: ``engine.max_waiting`` requests are waiting.
+        """
+        active = self._activate(request, export)
+        if len(self._scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFullError(f"{self.config.max_waiting} requests are waiting already (engine.max_waiting)")
+        self._requests[active.request_id] = active
+        self._scheduler.enqueue(active.sequences[0])
+
+    def cancel(self, request_id: str) -> None:
+        """End a request or reservation and free its pages; an unknown id is no error."""
+        self.release_reservation(request_id)
+        active = self._requests.pop(request_id, None)
+        if active is None:
+            return
+        self._drop_sequences(active)
+        self._announcer.fail(active, "the request was cancelled")
+
+    def reserve(self, request: GenerationRequest) -> Reservation | None:
+        """Take the pages of a prompt whose KV will arrive; None if there is no room now.
+
+        Raises ``RequestError`` as ``add`` does.
+        """
+        active = self._activate(request, None)
+        sequence, num_rows = active.sequences[0], request.sampling.n
+        # Whoever waits here came first.
+        if (
+            self._scheduler.is_blocked
+            or not self._scheduler.has_rows(num_rows)
+            or not self._scheduler.allocate(sequence)
+        ):
+            return None
+        self._scheduler.num_reserved_rows += num_rows
+        self._reserved[active.request_id] = active
+        first_page_idx = sequence.num_computed // self.pool.layout.page_size
+        return Reservation(
+            active.request_id, tuple(sequence.pages[first_page_idx:]), first_page_idx, sequence.num_computed
+        )
+
+    def attach(self, request_id: str, first: FirstTokens) -> list[OutputDelta]:
+        """The reserved pages are filled: go on from the tokens that the prefill worker sampled.
+
+        Raises ``RequestError`` if nothing is reserved under this id, or the number of tokens is not the request's n.
+        """
+        active = self._reserved.get(request_id)
+        if active is None:
+            raise RequestError(f"no pages are reserved for request {request_id!r}", param="request_id")
+        params = active.request.sampling
+        if len(first.token_ids) != params.n:
+            raise RequestError(f"{len(first.token_ids)} first tokens came for n={params.n} sequences", param="n")
+        del self._reserved[request_id]
+        self._scheduler.num_reserved_rows -= params.n
+        self._requests[request_id] = active
+        active.num_cached_tokens = first.num_cached_tokens
+        source = active.sequences[0]
+        source.sampler = active.make_sampler(first.seed)
+        source.num_computed = len(active.prompt)
+        self._scheduler.remember(source)
+        logprobs = first.logprobs or [None] * params.n
+        return self._continuation.begin(source, source.first_samplers(), first.token_ids, logprobs)
+
+    def release_reservation(self, request_id: str) -> None:
+        """Give a reservation's pages back; an unknown id is no error."""
+        active = self._reserved.pop(request_id, None)
+        if active is not None:
+            self._scheduler.num_reserved_rows -= active.request.sampling.n
+            self._drop_sequences(active)
+
+    def export_done(self, request_id: str) -> None:
+        """The exported KV has arrived, or never will: free its pages. An unknown id is no error."""
+        active = self._requests.get(request_id)
+        if active is not None and active.export is not None:
+            del self._requests[request_id]
+            self._drop_sequences(active)
+
+    def fail_all(self, reason: str, finish_reason: FinishReason = "error") -> list[OutputDelta]:
+        """End every request (reservations stay) and return the last delta of each of its sequences."""
+        deltas = []
+        for active in list(self._requests.values()):
+            del self._requests[active.request_id]
+            for index in active.unfinished_indices if active.export is None else ():
+                deltas.append(OutputDelta(active.request_id, index, (), "", finish_reason=finish_reason, error=reason))
+            self._drop_sequences(active)
+            self._announcer.fail(active, reason)
+        return deltas
+
+    # Work
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` would compute something; what waits for pages of exports or reservations does not count."""
+        return self._scheduler.has_work
+
+    def step(self) -> list[OutputDelta]:
+        """Compute one batch; returns what became known of each sequence that got a token."""
+        chunks = self._scheduler.schedule()
+        decoding = list(self._rows.sequences)
+        if not chunks and not decoding:
+            return []
+        self._num_steps += 1
+        on_layer = self._announcer if chunks and self._announcer.prepare(chunks) else None
+        logits = self._runner.run(chunks, on_layer)
+        ended = [chunk.sequence for chunk in chunks if self._advance_chunk(chunk)]
+        deltas = self._sample(logits, decoding, ended) if decoding or ended else []
+        if on_layer is not None:
+            self._fail_exports()
+        return deltas
+
+    def progress(self, request_id: str) -> tuple[int, int]:
+        """Prompt tokens computed, and in all. Raises ``KeyError`` for a request that is not here (any more)."""
+        active = self._requests.get(request_id) or self._reserved[request_id]
+        total = len(active.prompt)
+        return (total if active.is_forked else active.sequences[0].num_computed), total
+
+    def stats(self) -> EngineStats:
+        """What this engine holds and did."""
+        layout, scheduler = self.pool.layout, self._scheduler
+        return EngineStats(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(self._rows.sequences) + len(scheduler.prefilling),
+            pending_prefill_tokens=scheduler.pending_prefill_tokens,
+            num_pages=self.pool.num_pages,
+            num_pages_used=self.cache.num_used,
+            num_pages_cached=self.cache.num_idle,
+            page_size=layout.page_size,
+            kv_bytes=self.pool.num_pages * layout.page_bytes,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            attention=self.decoder.backend.name,
+            device=str(self.decoder.device),
+            dtype=str(self.decoder.dtype).removeprefix("torch."),
+            details={"num_steps": float(self._num_steps), "num_reserved": float(len(self._reserved))},
+        )
+
+    # Inside
+
+    def _activate(self, request: GenerationRequest, export: KVExport | None) -> ActiveRequest:
+        if request.request_id in self._requests or request.request_id in self._reserved:
+            raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        prompt = self.check(request)
+        params, room = request.sampling, self.max_context - len(prompt)
+        self._num_arrivals += 1
+        return ActiveRequest(
+            request,
+            prompt,
+            arrival=self._num_arrivals,
+            seed=secrets.randbits(SEED_BITS) if params.seed is None else params.seed,
+            max_outputs=room if params.max_tokens is None else min(params.max_tokens, room),
+            tokenizer=self.tokenizer,
+            export=export,
+        )
+
+    def _sample(self, logits: torch.Tensor, decoding: list[Sequence], ended: list[Sequence]) -> list[OutputDelta]:
+        """One token for each decoding sequence, and the first ones of each prompt that ended."""
+        states = [sequence.sampler for sequence in decoding]
+        row_idx = list(range(len(decoding)))
+        for idx, sequence in enumerate(ended, start=len(decoding)):
+            first_states = sequence.first_samplers()
+            states += first_states
+            row_idx += [idx] * len(first_states)
+        if len(states) > len(logits):  # n > 1: several tokens from one row
+            logits = logits[torch.tensor(row_idx, device=logits.device)]
+        token_ids, logprobs = self._sampler.sample(logits, states)
+        self._num_generated_tokens += len(token_ids)
+        num_decoding = len(decoding)
+        deltas = self._continuation.extend(decoding, token_ids[:num_decoding], logprobs[:num_decoding])
+        taken = num_decoding
+        for sequence in ended:
+            own = slice(taken, taken + (1 if sequence.active.is_forked else sequence.active.request.sampling.n))
+            deltas += self._continuation.begin(sequence, states[own], token_ids[own], logprobs[own])
+            taken = own.stop
+        return deltas
+
+    def _advance_chunk(self, chunk: Chunk) -> bool:
+        """Note that a chunk is computed; returns whether its sequence is up to date."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.stop
+        self._scheduler.remember(sequence)
+        if not chunk.is_last:
+            return False
+        self._scheduler.prefilling.remove(sequence)
+        if not sequence.active.is_forked:
+            self._num_prompt_tokens += len(sequence.active.prompt)
+            self._num_cached_tokens += sequence.active.num_cached_tokens
+        return True
+
+    def _fail_exports(self) -> None:
+        for request_id, reason in self._announcer.failures.items():
+            active = self._requests.pop(request_id)
+            self._drop_sequences(active)
+            self._announcer.fail(active, reason)
+
+    def _drop_sequences(self, active: ActiveRequest) -> None:
+        for sequence in active.sequences:
+            self._scheduler.drop(sequence)
+        active.sequences = []
+
+
+def _rope_lengths(decoder: PackedDecoder) -> RopeLengths:
+    rotary = decoder.rotary
+    return RopeLengths(rotary.length_threshold, rotary.restart_length, is_binary=rotary.rope_type == "longrope")

@@ -1,0 +1,262 @@
+"""Which tokens the next step computes, and which pages hold them.
+
+A step computes one token of every decoding sequence and fills up with chunks of prompts, first come, first served. A
+prompt gets all its pages when it starts; a decoding sequence gets one more each time its last one is full. When none is
+left, the sequence that arrived last gives its pages up and is computed again later, so the oldest always advances.
+"""
+
+import logging
+from bisect import insort
+from dataclasses import dataclass
+
+from longctx.engine.rows import DecodeRows
+from longctx.engine.sequence import INDEPENDENT, RopeLengths, Sequence
+from memory.prefix_cache import DigestChain, PrefixCache
+
+logger = logging.getLogger(__name__)
+
+MIXED_SHARE = 4  # while sequences decode, prompts get 1/4 of a step's tokens: no decode waits for a full prefill step
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``start`` to ``stop`` of one sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence's next token is sampled from it."""
+        return self.stop == self.sequence.num_tokens
+
+
+class Scheduler:
+    """Queues of sequences, and the pages they hold.
+
+    Args:
+        cache: gives and takes pages.
+        rows: the decoding sequences.
+        max_batch_tokens: tokens of one step, raised to a page where a page is larger.
+        max_sequences: sequences that decode, or will once their prompt is computed, at one time.
+        rope_lengths: which sequences must not share pages, and when one is computed again.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        rows: DecodeRows,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        rope_lengths: RopeLengths = INDEPENDENT,
+    ) -> None:
+        self.cache = cache
+        self.rows = rows
+        self.waiting: list[Sequence] = []  # hold no pages; in order of arrival
+        self.prefilling: list[Sequence] = []  # hold all pages of their tokens; in order of arrival
+        self.num_reserved_rows = 0  # rows for prompts computed elsewhere
+        self.num_preemptions = 0
+        self.is_blocked = False  # the first waiting sequence did not fit, and nothing was freed since
+        self._layout = cache.pool.layout
+        self._max_batch_tokens = max_batch_tokens
+        self._max_sequences = max_sequences
+        self._rope_lengths = rope_lengths
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something."""
+        return bool(self.rows.sequences or self.prefilling or (self.waiting and not self.is_blocked))
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Tokens still to be computed before their sequences decode."""
+        return sum(s.num_tokens - s.num_computed for s in (*self.waiting, *self.prefilling))
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Let a sequence without pages wait for its turn."""
+        insort(self.waiting, sequence, key=_key)
+        self.is_blocked = False
+
+    def schedule(self) -> list[Chunk]:
+        """Grow the decoding sequences, start waiting ones, and return the prompt chunks of this step."""
+        if self._rope_lengths.restart_length is not None:
+            self._restart_outgrown(self._rope_lengths.restart_length)
+        self._grow_decodes()
+        chunks: list[Chunk] = []
+        if not self.prefilling and (self.is_blocked or not self.waiting):
+            return chunks
+        budget = self._prefill_budget()
+        for sequence in self.prefilling:
+            budget -= self._add_chunk(chunks, sequence, budget)
+        while budget > 0 and self.waiting and not self.is_blocked:
+            sequence = self.waiting[0]
+            self.is_blocked = not self._admit(sequence)
+            added = 0 if self.is_blocked else self._add_chunk(chunks, sequence, budget)
+            budget = budget - added if added else 0
+        return chunks
+
+    def has_rows(self, num_rows: int) -> bool:
+        """Whether that many more sequences may decode."""
+        pending = sum(_rows_wanted(s) for s in self.prefilling)
+        return len(self.rows.sequences) + self.num_reserved_rows + pending + num_rows <= self._max_sequences
+
+    def allocate(self, sequence: Sequence) -> bool:
+        """Give ``sequence`` pages for all its tokens, shared ones first; False, and none taken, if too few."""
+        num_tokens, page_size = sequence.num_tokens, self._layout.page_size
+        shared: list[int] = []
+        self._start_chain(sequence)
+        if sequence.chain is not None:
+            sequence.chain.extend(sequence.token_ids(sequence.chain.num_tokens, num_tokens))
+            shared = self.cache.match(sequence.chain.digests[: (num_tokens - 1) // page_size])
+        num_fresh = self._layout.num_pages(num_tokens) - len(shared)
+        # A spare page for each decoding sequence: else what is admitted now is preempted a few steps later.
+        fresh = None
+        if self.cache.num_available >= num_fresh + len(self.rows.sequences):
+            fresh = self.cache.pool.allocate(num_fresh)
+        if fresh is None:
+            self.cache.release(shared)
+            return False
+        sequence.pages = shared + fresh
+        sequence.num_remembered = len(shared)
+        sequence.num_computed = len(shared) * page_size
+        return True
+
+    def remember(self, sequence: Sequence) -> None:
+        """Tell the prefix cache of the sequence's pages that became complete."""
+        num_full, first = (sequence.num_computed // self._layout.page_size, sequence.num_remembered)
+        if sequence.chain is None or num_full <= first:
+            return
+        chain = sequence.chain
+        if len(chain.digests) < num_full:
+            chain.extend(sequence.token_ids(chain.num_tokens, num_full * self._layout.page_size))
+        self.cache.insert(chain.digests[first:num_full], sequence.pages[first:num_full])
+        sequence.num_remembered = num_full
+
+    def fork_pages(self, source: Sequence, target: Sequence) -> bool:
+        """Share ``source``'s full pages with ``target`` and copy the partial one; False if no page is left for it."""
+        num_full = source.num_computed // self._layout.page_size
+        partial = source.pages[num_full:]
+        fresh = self.cache.pool.allocate(len(partial))
+        if fresh is None:
+            return False
+        for old, new in zip(partial, fresh, strict=True):
+            self.cache.pool.copy_page(old, new)
+        shared = source.pages[:num_full]
+        self.cache.pool.retain(shared)
+        target.pages = shared + fresh
+        target.num_computed, target.num_remembered = (source.num_computed, source.num_remembered)
+        target.chain, target.rope_floor = (source.chain and source.chain.fork(), source.rope_floor)
+        return True
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take the sequence out of every queue and give its pages up."""
+        if sequence.row >= 0:
+            self.rows.remove(sequence)
+        elif sequence in self.prefilling:
+            self.prefilling.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.remember(sequence)
+        self.cache.release(sequence.pages)
+        sequence.pages, sequence.num_computed, sequence.num_remembered = [], 0, 0
+        self.is_blocked = False
+
+    def _start_chain(self, sequence: Sequence) -> None:
+        """Set what the sequence's pages may be shared by; a chain whose salt still holds is kept."""
+        request, floor = sequence.active.request, sequence.rope_floor
+        sequence.rope_floor = self._rope_lengths.floor(len(sequence.active.prompt), sequence.num_tokens)
+        if self.cache.enabled and (sequence.chain is None or sequence.rope_floor != floor):
+            salt = f"{self._rope_lengths.salt(sequence.rope_floor)}\0{request.cache_salt}"
+            sequence.chain = DigestChain(self._layout.page_size, salt)
+
+    def _restart_outgrown(self, restart_length: int) -> None:
+        """Queue decoding sequences again that their KV has become invalid for by growing over ``restart_length``."""
+        for sequence in list(self.rows.sequences):
+            if sequence.num_computed == restart_length >= sequence.rope_floor:
+                self.drop(sequence)
+                self.enqueue(sequence)
+
+    def _grow_decodes(self) -> None:
+        """A page for each decoding sequence whose next token begins one."""
+        for sequence in sorted(self.rows.at_page_start(), key=_key):
+            if sequence.row < 0:  # preempted for an earlier one
+                continue
+            self.remember(sequence)
+            page = self.cache.pool.allocate(1)
+            while page is None and sequence.row >= 0:
+                self._preempt(self._latest())
+                page = None if sequence.row < 0 else self.cache.pool.allocate(1)
+            if page is not None:
+                self.rows.add_page(sequence, page[0])
+
+    def _latest(self) -> Sequence:
+        """The sequence to preempt. Exported prompts are not: somebody may be reading their pages."""
+        candidates = self.rows.sequences + [s for s in self.prefilling if s.active.export is None]
+        return max(candidates, key=_key)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        logger.debug("preempting %s: no page is left", sequence.active.request_id)
+        self.drop(sequence)
+        self.enqueue(sequence)
+        self.num_preemptions += 1
+
+    def _prefill_budget(self) -> int:
+        num_decodes = len(self.rows.sequences)
+        budget = self._max_batch_tokens - num_decodes
+        if num_decodes:
+            budget = min(budget, self._max_batch_tokens // MIXED_SHARE)
+        return max(budget, self._layout.page_size)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if not self.has_rows(_rows_wanted(sequence)) or not self.allocate(sequence):
+            return False
+        self.waiting.pop(0)
+        if not sequence.outputs:
+            sequence.active.num_cached_tokens = sequence.num_computed
+        insort(self.prefilling, sequence, key=_key)
+        return True
+
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        """Append the sequence's next chunk, as far as ``budget`` tokens go; returns its number of tokens.
+
+        Chunks end where pages end, so that every page but a prompt's last is complete after one step.
+        """
+        if budget <= 0 or len(chunks) == self._max_sequences:
+            return 0
+        self._adopt_shared(sequence)
+        start, num_tokens = sequence.num_computed, sequence.num_tokens
+        stop = min(num_tokens, start + budget)
+        if stop < num_tokens:
+            stop -= stop % self._layout.page_size
+        if stop <= start:
+            return 0
+        chunks.append(Chunk(sequence, start, stop))
+        return stop - start
+
+    def _adopt_shared(self, sequence: Sequence) -> None:
+        """Skip pages that another sequence with the same prefix completed since this one started."""
+        if sequence.chain is None or not self.cache.enabled:
+            return
+        size = self._layout.page_size
+        first, limit = sequence.num_computed // size, (sequence.num_tokens - 1) // size
+        found = self.cache.match(sequence.chain.digests[first:limit])
+        if not found:
+            return
+        last = first + len(found)
+        self.cache.release(sequence.pages[first:last])
+        sequence.pages[first:last] = found
+        sequence.num_computed, sequence.num_remembered = last * size, last
+        if not sequence.outputs:
+            sequence.active.num_cached_tokens = sequence.num_computed
+        self.is_blocked = False
+
+
+def _key(sequence: Sequence) -> tuple[int, int]:
+    return sequence.key
+
+
+def _rows_wanted(sequence: Sequence) -> int:
+    """Decode rows the sequence takes once its tokens are computed."""
+    return 1 if sequence.active.is_forked else sequence.active.num_rows

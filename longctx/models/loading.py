@@ -1,0 +1,113 @@
+"""Loads a checked checkpoint with transformers.
+
+The one module of serving that builds transformers models. What it returns is taken apart by ``packed.py``, layer by
+layer, so that two copies of the weights never exist together.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from longctx.errors import CheckpointError
+from longctx.models.checkpoint import ModelSpec
+from longctx.models.rope import RotaryTable
+
+logger = logging.getLogger(__name__)
+
+# While transformers builds a model, it patches PreTrainedModel and torch's default dtype for the whole process. Two
+# threads that do so at once restore each other's patches: from then on no model in the process has tied weights.
+_TRANSFORMERS_LOCK = threading.Lock()
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A transformers model with what running it needs to know."""
+
+    spec: ModelSpec
+    config: Any  # the transformers configuration
+    model: PreTrainedModel | None  # None once its weights were taken
+    rotary: RotaryTable
+    dtype: torch.dtype
+    device: torch.device
+
+    def release(self) -> None:
+        """Drop the transformers model."""
+        self.model = None
+
+
+def load_model(
+    spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, random_weights_seed: int | None = None
+) -> LoadedModel:
+    """Load the weights of ``spec`` in ``dtype``.
+
+    Args:
+        spec: from ``inspect_checkpoint``.
+        dtype: float32, bfloat16 or float16.
+        device: where the model will run. Stored weights stay on the CPU until ``PackedDecoder`` moves them one by one.
+        random_weights_seed: make weights up instead of reading them, reproducibly (benchmarks).
+
+    Raises:
+        CheckpointError: if weights are missing, left over or of the wrong shape.
+    """
+    try:
+        config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{spec.path}: config.json is refused by transformers: {error}") from error
+    with _TRANSFORMERS_LOCK:
+        if random_weights_seed is None:
+            model = _read_weights(spec, dtype)
+        else:
+            model = _make_weights(config, dtype, device, random_weights_seed)
+    model.eval().requires_grad_(False)
+    rotary = RotaryTable(config, device=device)
+    return LoadedModel(spec, config, model, rotary, dtype, device)
+
+
+def _read_weights(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with _no_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                spec.path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{spec.path}: weights cannot be loaded: {error}") from error
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        problems = sorted(str(key) for key in info.get(kind) or ())
+        if problems:
+            named = ", ".join(problems[:3]) + ("" if len(problems) <= 3 else ", ...")
+            raise CheckpointError(f"{spec.path}: {len(problems)} {kind.replace('_', ' ')}: {named}")
+    logger.info("loaded %s: %.1f million parameters in %s", spec.path, spec.num_parameters / 1e6, dtype)
+    return model
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Workers and generated text share the terminal with it."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _make_weights(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """Random weights on ``device`` as transformers initialises them, without disturbing other random numbers."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,0 +1,130 @@
+"""Text to token ids and back, with the checkpoint's own tokenizer and chat template. No torch here.
+
+transformers reads the files and renders chat templates; encoding and decoding call the Rust tokenizer below it, which
+releases the interpreter's lock and changes no state, so that threads can share it. ``AutoTokenizer`` is not used: it
+imports torch, which the HTTP endpoint does without. Left out: SentencePiece files without a tokenizer.json.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from longctx.errors import CheckpointError, RequestError
+from longctx.models.checkpoint import ModelSpec
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint. Safe to use from several threads.
+
+    Args:
+        tokenizer: transformers' wrapper.
+        eos_token_ids: ids that end a text.
+        model_name: for error messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, eos_token_ids: frozenset[int], model_name: str) -> None:
+        self._wrapper = tokenizer
+        self._rust = tokenizer.backend_tokenizer
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        self._model_name = model_name
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template in use."""
+        template = self._wrapper.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return template
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``, with the special tokens (BOS) that the checkpoint puts around a text.
+
+        Raises ``RequestError`` for text that is no valid Unicode (lone surrogates).
+        """
+        try:
+            # Only the batch calls release the interpreter's lock; this one leaves out the offsets, a third of the time.
+            return self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except (UnicodeEncodeError, TypeError):
+            raise RequestError("the prompt is not valid Unicode text", param="prompt") from None
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **template_kwargs: Any) -> str:
+        """The chat as one text, ready for the assistant's answer.
+
+        Args:
+            messages: OpenAI messages, ``{"role": ..., "content": ...}``.
+            template_kwargs: passed to the template; ``add_generation_prompt`` is True unless given.
+
+        Raises:
+            RequestError: there is no chat template, or it rejects the messages.
+        """
+        template = self.chat_template
+        if template is None:
+            reason = f"model {self._model_name!r} has no chat template; use /v1/completions, or set model.chat_template"
+            raise RequestError(reason, param="messages")
+        if not messages:
+            raise RequestError("messages is empty; give at least one", param="messages")
+        options: dict[str, Any] = {"add_generation_prompt": True} | template_kwargs
+        try:
+            text = self._wrapper.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f"the chat template rejects the messages: {error}", param="messages") from error
+        assert isinstance(text, str)
+        return text
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **template_kwargs: Any) -> list[int]:
+        """Token ids of ``render_chat``; the template itself writes BOS where the model wants one."""
+        text = self.render_chat(messages, **template_kwargs)
+        try:
+            return self.encode(text, add_special_tokens=False)
+        except RequestError as error:
+            raise RequestError("a message is not valid Unicode text", param="messages") from error
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, ids the tokenizer does not know become nothing."""
+        return self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def load_tokenizer(spec: ModelSpec, chat_template_file: str | Path | None = None) -> Tokenizer:
+    """The tokenizer in ``spec.path``.
+
+    Args:
+        spec: from ``inspect_checkpoint``.
+        chat_template_file: a Jinja file to use instead of the tokenizer's own chat template.
+
+    Raises:
+        CheckpointError: files are missing or cannot be read.
+    """
+    if not (spec.path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{spec.path}: {_explain_missing(spec.path)}")
+    try:
+        wrapper = PreTrainedTokenizerFast.from_pretrained(spec.path, local_files_only=True)
+    except Exception as error:  # the Rust parser raises plain Exception
+        raise CheckpointError(f"{spec.path}: the tokenizer cannot be read: {error}") from error
+    if chat_template_file is not None:
+        wrapper.chat_template = _read_template(Path(chat_template_file))
+    eos_token_ids = spec.eos_token_ids
+    if not eos_token_ids and isinstance(wrapper.eos_token_id, int):
+        eos_token_ids = frozenset({wrapper.eos_token_id})
+    return Tokenizer(wrapper, eos_token_ids=eos_token_ids, model_name=spec.name)
+
+
+def _explain_missing(folder: Path) -> str:
+    if any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "spiece.model")):
+        how = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        return f"tokenizer.json is missing; make it once from the files that are there: {how}"
+    return "tokenizer.json is missing, and no other tokenizer file is there"
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: the chat template cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: the chat template is not UTF-8 text") from None

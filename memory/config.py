@@ -1,0 +1,21 @@
+"""What the ``transport`` group of the configuration holds. No torch here."""
+
+from dataclasses import dataclass
+
+from parallel.option import option, parse_size
+
+TRANSPORT_NAMES = ("auto", "tcp", "shared_memory")
+
+
+@dataclass(frozen=True, slots=True)
+class TransportConfig:
+    """How KV pages travel from prefill to decode workers."""
+
+    name: str = option(
+        "auto", "KV transport; auto: shared_memory on one host, tcp between hosts", choices=TRANSPORT_NAMES
+    )
+    host: str | None = option(None, "address receivers listen on and advertise; null: the node's")
+    frame_bytes: str = option("1MiB", "largest payload of one frame", parse=parse_size)
+    lease_ttl_s: float = option(10.0, "seconds without progress after which reserved pages are freed", above=0)
+    connect_timeout_s: float = option(3.0, "seconds to wait for a receiver to answer", above=0)
+    send_timeout_s: float = option(5.0, "seconds one frame may take", above=0)

@@ -1,0 +1,24 @@
+"""What memory components say to each other across processes: frozen dataclasses without I/O."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGrant:
+    """A decode worker's permission to write one request's KV into its reserved pages.
+
+    The receiver made the pages and the key; whoever holds the grant may push frames until ``ttl_s`` seconds pass
+    without progress or the receiver bumps the epoch.
+    """
+
+    lease_id: int  # unique within the receiver's lifetime
+    epoch: int  # a frame of another epoch is refused
+    request_id: str
+    transport: str  # registry name
+    address: str  # where the receiver listens, as the transport spells it
+    pages: tuple[int, ...]  # the receiver's page ids, in sequence order, of the pages to be shipped
+    first_page_idx: int  # index in the sequence of pages[0]; earlier pages are already at the receiver
+    num_tokens: int  # tokens of the sequence that will hold valid KV after commit
+    layout_digest: str  # KVLayout.digest() of the receiver's pool
+    ttl_s: float  # seconds without a valid frame after which the receiver frees the pages
+    key: bytes  # HMAC key of this lease

@@ -1,0 +1,124 @@
+"""The KV page pool: fixed storage, page ids, reference counts.
+
+Storage is one uint8 tensor ``[num_layers, num_pages, block_bytes]``: a run of consecutive pages of one layer is one
+contiguous range of bytes, which is what a transport ships. Which sequence owns which page, and which pages can be found
+again by their content, is not known here (``longctx/engine``, ``memory/prefix_cache.py``).
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from memory.layout import KVLayout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALIGNMENT = 4096  # bytes: vector loads split no cache line, and shipping code may map what it ships
+
+
+class PagePool:
+    """Pages of KV under a fixed byte budget.
+
+    Args:
+        layout: what a page looks like.
+        num_pages: how many there are.
+        device: where the storage lives.
+        storage: uint8 ``[num_layers, num_pages, block_bytes]`` to use instead of allocating (a shared-memory segment).
+
+    Not thread-safe: the engine's thread owns allocation. Reading and writing pages from other threads is safe for pages
+    that are allocated to them.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: int,
+        *,
+        device: torch.device | str = "cpu",
+        storage: torch.Tensor | None = None,
+    ) -> None:
+        shape = (layout.num_layers, num_pages, layout.block_bytes)
+        if storage is None:
+            storage = _allocate(shape, torch.device(device))
+        if storage.shape != shape or storage.dtype != torch.uint8:
+            raise ValueError(f"storage is {storage.dtype} {tuple(storage.shape)}; must be uint8 {shape}")
+        self.layout = layout
+        self.num_pages = num_pages
+        self.storage = storage
+        self.refcounts = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._views = [_block_views(storage[layer_idx], layout) for layer_idx in range(layout.num_layers)]
+        self.evict: Callable[[int], int] | None = None  # frees up to n cached pages, returns how many
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody holds and no cache remembers."""
+        return len(self._free)
+
+    def allocate(self, num_pages: int) -> list[int] | None:
+        """Page ids, each with reference count 1, or None (and nothing taken) if there are too few."""
+        missing = num_pages - len(self._free)
+        if missing > 0 and self.evict is not None:
+            self.evict(missing)
+        if num_pages > len(self._free):
+            return None
+        taken = [self._free.pop() for _ in range(num_pages)]
+        for page in taken:
+            self.refcounts[page] = 1
+        return taken
+
+    def retain(self, pages: list[int]) -> None:
+        """One more holder for each page."""
+        for page in pages:
+            self.refcounts[page] += 1
+
+    def release(self, pages: list[int]) -> list[int]:
+        """One holder less; returns the pages nobody holds any more, for the caller to ``reclaim`` or keep."""
+        idle = []
+        for page in pages:
+            assert self.refcounts[page] > 0, f"page {page} released twice"
+            self.refcounts[page] -= 1
+            if self.refcounts[page] == 0:
+                idle.append(page)
+        return idle
+
+    def reclaim(self, pages: list[int]) -> None:
+        """Make idle pages free for allocation."""
+        assert all(self.refcounts[page] == 0 for page in pages)
+        self._free.extend(pages)
+
+    def views(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, shaped as ``layout.order`` says, with a leading ``num_pages`` dimension; no copy."""
+        return self._views[layer_idx]
+
+    def block(self, layer_idx: int, page: int, count: int = 1) -> torch.Tensor:
+        """uint8 ``[count * block_bytes]``: the bytes of ``count`` consecutive pages of one layer; no copy."""
+        return self.storage[layer_idx, page : page + count].view(-1)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page, all layers."""
+        self.storage[:, target].copy_(self.storage[:, source])
+
+
+def _allocate(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Zeroed bytes. On a CPU through numpy, whose zeros cost neither time nor memory until a page is written."""
+    if device.type == "cpu":
+        size = math.prod(shape)
+        raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        return torch.from_numpy(raw[start : start + size]).view(shape)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
+def _block_views(blocks: torch.Tensor, layout: KVLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V views of uint8 ``[num_pages, block_bytes]``."""
+    heads, dim, size = layout.num_kv_heads, layout.head_dim, layout.page_size
+    values = blocks.view(DTYPES[layout.dtype])  # [num_pages, 2 * heads * dim * size]
+    if layout.order == "paired":
+        pair = 4 // values.element_size()
+        k_shape, v_shape = (heads, dim // pair, size, pair), (heads, size // pair, dim, pair)
+    else:
+        k_shape = v_shape = (heads, size, dim) if layout.order == "hnd" else (size, heads, dim)
+    half = values.shape[1] // 2
+    return values[:, :half].unflatten(1, k_shape), values[:, half:].unflatten(1, v_shape)

@@ -1,0 +1,210 @@
+"""One connection from a sender: its thread reads frames, decides which are entitled to what, and answers.
+
+Subclasses say how a DATA frame's blocks get into the pages: out of the socket, or out of the sender's memory.
+"""
+
+import json
+import logging
+import secrets
+import select
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from memory.config import TransportConfig
+from memory.frames import (
+    HEADER_BYTES,
+    NONCE_BYTES,
+    FrameError,
+    FrameSocket,
+    Header,
+    Kind,
+    checksum,
+    control,
+    is_signed,
+    session_key,
+)
+from memory.leases import Lease, LeaseError, LeaseTable
+from memory.pages import PagePool
+from memory.staging import make_blocks
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 60.0  # how long a wait lasts that ends early when something happens
+_MAX_REASON = 500  # characters of a reason that travel
+
+
+class FrameRefused(Exception):
+    """A frame that is not its lease's (unknown, stale, forged): it is dropped and the lease goes on."""
+
+
+class Peer(threading.Thread, ABC):
+    """Serves one connection until it ends or misbehaves.
+
+    Args:
+        sock: the accepted connection, owned from here on.
+        leases: the receiver's.
+        pool: the receiver's.
+        config: timeouts.
+    """
+
+    def __init__(self, sock: socket.socket, leases: LeaseTable, *, pool: PagePool, config: TransportConfig) -> None:
+        super().__init__(name="kv-peer", daemon=True)
+        self._channel = FrameSocket(sock)
+        self._leases = leases
+        self._pool = pool
+        self._config = config
+        self._blocks = make_blocks(pool)
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._opened: dict[int, Lease] = {}  # leases that said HELLO here, by id
+
+    def close(self) -> None:
+        """End the connection soon; any thread may call this."""
+        self._channel.shutdown()
+
+    def run(self) -> None:
+        """Serve frames; whatever ends the connection fails the leases bound to it."""
+        reason = "the transport failed, see the log"
+        try:
+            self._serve()
+        except (OSError, FrameError) as error:
+            reason = f"the sender is gone: {error}"
+        except Exception:
+            logger.exception("connection from a sender")  # a defect; the leases must be freed all the same
+        finally:
+            self._channel.close()
+            for lease in self._opened.values():
+                self._leases.fail(lease, reason)
+
+    @abstractmethod
+    def _fill(self, lease: Lease, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
+        """Put a DATA frame's blocks into ``targets``, and return the checksum they must have.
+
+        Reads the whole payload from the connection until ``deadline``. Every write must be made without waiting, with
+        ``lease.lock`` held and ``lease.live``; if the lease is fenced meanwhile the rest is not written.
+        """
+
+    def _expected_payload(self, num_pages: int) -> int:
+        """Bytes of payload of a DATA frame with ``num_pages`` pages."""
+        return num_pages * self._pool.layout.block_bytes
+
+    def _greet(self, lease: Lease, details: dict[str, Any]) -> None:
+        """Look at what a HELLO says; raises ``LeaseError`` if the sender's pages cannot be used here."""
+        theirs, ours = details.get("layout"), self._pool.layout.digest()
+        if theirs != ours:
+            raise LeaseError(f"the sender's KV layout is {theirs}, the receiver's {ours}")
+
+    def _serve(self) -> None:
+        """Serve frames; returns never, an error ends it."""
+        trusted_by = time.monotonic() + self._config.connect_timeout_s
+        is_trusted = False  # whether a frame was signed as it should be
+        self._channel.send(control(Kind.WELCOME, 0, 0, self._nonce, key=b""), trusted_by)
+        while True:
+            idle_until = time.monotonic() + _IDLE_S if is_trusted else trusted_by
+            if self._channel.wait(select.POLLIN, idle_until):
+                is_trusted |= self._serve_frame(time.monotonic() + self._config.send_timeout_s)
+            elif not is_trusted and time.monotonic() >= trusted_by:
+                raise TimeoutError("no valid frame came in time")
+
+    def _serve_frame(self, deadline: float) -> bool:
+        """Read and serve one frame; whether it was authentic. A bad one is answered with NACK."""
+        raw = self._channel.receive(HEADER_BYTES, deadline)
+        header = Header.unpack(raw)
+        try:
+            lease = self._admit(raw, header)
+        except FrameRefused as refusal:
+            self._channel.drain(header.payload_bytes, deadline)
+            self._answer(Kind.NACK, header, str(refusal), deadline=deadline)
+            return False
+        lease.touch()
+        try:
+            self._serve_admitted(lease, header, deadline)
+        except LeaseError as error:
+            self._leases.fail(lease, str(error))
+            self._answer(Kind.NACK, header, str(error), deadline=deadline)
+        if not lease.live:
+            self._opened.pop(header.lease_id, None)
+        return True
+
+    def _admit(self, raw: bytearray, header: Header) -> Lease:
+        """The lease of a frame that is entitled to it; raises ``FrameRefused``."""
+        lease = self._leases.find(header.lease_id)
+        if lease is None:
+            raise FrameRefused(f"lease {header.lease_id} was never granted, or is committed, expired or revoked")
+        is_opening = header.kind == Kind.HELLO and lease.owner is None
+        if not is_opening and lease.owner is not self:
+            raise FrameRefused(f"lease {header.lease_id} is not open on this connection")
+        key = session_key(lease.grant.key, self._nonce) if is_opening else lease.session_key
+        if not is_signed(raw, key):
+            raise FrameRefused(f"the frame is not signed with the key of lease {header.lease_id}")
+        if header.epoch != lease.epoch:
+            raise FrameRefused(f"epoch {header.epoch} of lease {header.lease_id} is over")
+        return lease
+
+    def _serve_admitted(self, lease: Lease, header: Header, deadline: float) -> None:
+        """Serve an authentic frame; raises ``LeaseError`` if the lease must fail."""
+        if header.kind == Kind.DATA:
+            self._take_blocks(lease, header, deadline)
+            return
+        payload = bytes(self._channel.receive(header.payload_bytes, deadline))
+        if checksum([payload]) != header.checksum:
+            raise LeaseError("a control frame's payload does not match its checksum")
+        if header.kind == Kind.HELLO:
+            self._bind(lease, payload)
+            self._answer(Kind.PONG, header, key=lease.session_key, deadline=deadline)
+        elif header.kind == Kind.PING:
+            self._answer(Kind.PONG, header, key=lease.session_key, deadline=deadline)
+        elif header.kind == Kind.COMMIT:
+            self._leases.commit(lease, payload)
+            self._answer(Kind.ACK, header, key=lease.session_key, deadline=deadline)
+        elif header.kind == Kind.ABORT:
+            self._leases.fail(lease, payload.decode(errors="replace"))
+        else:
+            raise LeaseError(f"frames of kind {header.kind} are not for receivers")
+
+    def _bind(self, lease: Lease, payload: bytes) -> None:
+        """Serve HELLO: from now on only this connection may fill the lease."""
+        try:
+            details = json.loads(payload)
+        except ValueError:
+            raise LeaseError("HELLO's payload is not JSON") from None
+        if not isinstance(details, dict):
+            raise LeaseError("HELLO's payload is not an object")
+        self._greet(lease, details)
+        with lease.lock:
+            if lease.owner is not None:
+                raise LeaseError("the lease was opened twice")
+            lease.session_key = session_key(lease.grant.key, self._nonce)
+            lease.owner = self
+        self._opened[lease.grant.lease_id] = lease
+
+    def _take_blocks(self, lease: Lease, header: Header, deadline: float) -> None:
+        """Fill a DATA frame's pages, verify them and count them."""
+        layer_idx, first, count = header.layer_idx, header.first_slot, header.num_pages
+        try:
+            pages = lease.claim(layer_idx, first, count)
+            if header.payload_bytes != self._expected_payload(count):
+                raise LeaseError(f"{header.payload_bytes} bytes for {count} pages of {self._pool.layout.block_bytes}")
+        except LeaseError:
+            self._channel.drain(header.payload_bytes, deadline)
+            raise
+        targets = self._blocks.targets(layer_idx, pages)
+        expected = self._fill(lease, header, targets, deadline)
+        matches = checksum(targets) == expected
+        with lease.lock:
+            if not lease.live:
+                return  # fenced meanwhile; the sender is told when its next frame comes
+            if not matches:
+                raise LeaseError(f"pages {first}..{first + count} of layer {layer_idx} do not match their checksum")
+            self._blocks.settle(layer_idx, pages)
+            lease.settle(layer_idx, first, count)
+        self._leases.count(count * self._pool.layout.block_bytes)
+        lease.touch()
+
+    def _answer(self, kind: Kind, header: Header, reason: str = "", *, key: bytes = b"", deadline: float) -> None:
+        """Answer a frame. A NACK needs no signature: who can forge one can as well cut the connection."""
+        payload = reason[:_MAX_REASON].encode()
+        self._channel.send(control(kind, header.lease_id, header.epoch, payload, key=key), deadline)

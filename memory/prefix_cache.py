@@ -1,0 +1,140 @@
+"""Pages found again by their content: equal prompt prefixes share KV.
+
+Every full page has a digest chained over the tokens before it: ``digest(i) = blake2b(digest(i - 1) + token ids of page
+i)``, with the salt at the root, so one digest names a whole prefix. A page that somebody holds and that is in the cache
+is shared; one that nobody holds any more stays *idle* and is evicted, least recently used first, when the pool runs
+out.
+
+The cache sits between the pool and its users: they release pages here, never at the pool. Left out: sharing parts of a
+page, and a tier below the pool.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from memory.pages import PagePool
+
+DIGEST_BYTES = 16
+
+
+class DigestChain:
+    """Digests of the full pages of one sequence, made as its tokens become known."""
+
+    __slots__ = ("_page_size", "_root", "digests")
+
+    def __init__(self, page_size: int, salt: str = "") -> None:
+        self._page_size = page_size
+        self._root = hashlib.blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
+        self.digests: list[bytes] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens covered so far."""
+        return len(self.digests) * self._page_size
+
+    def extend(self, token_ids: npt.NDArray[np.int64]) -> None:
+        """Add the full pages of ``token_ids``, which follow the first ``num_tokens`` tokens; the rest is ignored."""
+        digests, step = self.digests, self._page_size * 8
+        data = memoryview(token_ids.astype(np.int64, copy=False).tobytes())
+        digest = digests[-1] if digests else self._root
+        for start in range(0, len(data) - step + 1, step):
+            digest = hashlib.blake2b(digest + data[start : start + step], digest_size=DIGEST_BYTES).digest()
+            digests.append(digest)
+
+    def fork(self) -> "DigestChain":
+        """A chain over the same tokens that grows on its own."""
+        chain = DigestChain.__new__(DigestChain)
+        chain._page_size, chain._root, chain.digests = (self._page_size, self._root, self.digests.copy())
+        return chain
+
+
+class PrefixCache:
+    """Shared and idle pages of one pool, by digest.
+
+    Args:
+        pool: whose pages; the cache becomes its ``evict``.
+        enabled: False remembers nothing, and pages become free as soon as nobody holds them.
+
+    Not thread-safe: used from the engine's thread, as the pool is.
+    """
+
+    def __init__(self, pool: PagePool, *, enabled: bool = True) -> None:
+        self.pool = pool
+        self.enabled = enabled
+        self._page_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        pool.evict = self.evict
+
+    @property
+    def num_idle(self) -> int:
+        """Pages nobody holds that can still be found."""
+        return len(self._idle)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that ``pool.allocate`` can give: free and idle ones."""
+        return self.pool.num_free + len(self._idle)
+
+    @property
+    def num_used(self) -> int:
+        """Pages somebody holds."""
+        return self.pool.num_pages - self.num_available
+
+    def count(self, digests: Sequence[bytes]) -> int:
+        """How many pages ``match`` would find; takes none."""
+        return next((idx for idx, digest in enumerate(digests) if digest not in self._page_of), len(digests))
+
+    def match(self, digests: Sequence[bytes]) -> list[int]:
+        """The pages of the longest known prefix of ``digests``; the caller holds them from now on.
+
+        Leave out the page with a prompt's last token: at least one token must be computed to have logits.
+        """
+        pages: list[int] = []
+        for digest in digests:
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            self._idle.pop(page, None)
+            pages.append(page)
+        self.pool.retain(pages)
+        return pages
+
+    def insert(self, digests: Sequence[bytes], pages: Sequence[int]) -> None:
+        """Remember held, complete pages; a digest that is known keeps the page it has."""
+        if not self.enabled:
+            return
+        for digest, page in zip(digests, pages, strict=True):
+            if digest not in self._page_of and page not in self._digest_of:
+                self._page_of[digest] = page
+                self._digest_of[page] = digest
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give up one hold on each of a sequence's pages (in sequence order)."""
+        # Last page first: it becomes the least recently used, so a prefix loses its tail before its head.
+        unknown = []
+        for page in self.pool.release(list(reversed(pages))):
+            if page in self._digest_of:
+                self._idle[page] = None
+            else:
+                unknown.append(page)
+        self.pool.reclaim(unknown)
+
+    def evict(self, num_pages: int) -> int:
+        """Forget up to ``num_pages`` idle pages and make them free; returns how many."""
+        count = min(num_pages, len(self._idle))
+        evicted = [self._idle.popitem(last=False)[0] for _ in range(count)]
+        for page in evicted:
+            del self._page_of[self._digest_of.pop(page)]
+        self.pool.reclaim(evicted)
+        return count
+
+    def clear(self) -> None:
+        """Forget every page; held ones stay with their holders."""
+        self.evict(len(self._idle))
+        self._page_of.clear()
+        self._digest_of.clear()

@@ -1,0 +1,106 @@
+"""One request's stream: checks what the engine sends and turns it into orders for the link's thread."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from memory.frames import MAX_CONTROL_BYTES, Kind
+from memory.messages import LeaseGrant
+from memory.pages import PagePool
+from memory.transport import KVStream
+
+logger = logging.getLogger(__name__)
+
+_MAX_REASON_BYTES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Something a stream asks its link to send."""
+
+    stream: "Stream"
+    kind: Kind
+    layer_idx: int = 0
+    first_slot: int = 0
+    pages: tuple[int, ...] = ()  # the sender's
+    payload: bytes = b""
+    ready: torch.cuda.Event | None = None  # when the pages are final
+
+
+class Stream(KVStream):
+    """See ``KVStream``. The link that ``put`` queues orders on calls ``finish``."""
+
+    def __init__(
+        self, grant: LeaseGrant, pool: PagePool, *, on_acked: Callable[[], None], on_failed: Callable[[str], None]
+    ) -> None:
+        self.grant = grant
+        self.key = b""  # the link sets it when it knows the connection's nonce
+        self.answer_by = float("inf")  # when the receiver must have answered
+        self.put: Callable[[Order], bool] | None = None
+        self._pool = pool
+        self._on_acked = on_acked
+        self._on_failed = on_failed
+        self._lock = threading.Lock()
+        self._open = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neither an acknowledgement, a failure nor an abort has ended it."""
+        return self._open
+
+    def send(self, layer_idx: int, first_page_idx: int, pages: Sequence[int]) -> None:
+        layout, num_pages = self._pool.layout, self._pool.num_pages
+        if not 0 <= layer_idx < layout.num_layers:
+            raise ValueError(f"layer {layer_idx} is not in the pool; allowed: 0..{layout.num_layers - 1}")
+        if any(not 0 <= page < num_pages for page in pages):
+            raise ValueError(f"pages {list(pages)} are not in the pool; allowed: 0..{num_pages - 1}")
+        first_slot = first_page_idx - self.grant.first_page_idx
+        wanted = tuple(pages[max(0, -first_slot) :])
+        first_slot = max(0, first_slot)
+        if wanted and first_slot + len(wanted) > len(self.grant.pages):
+            sent = f"{first_page_idx}..{first_page_idx + len(pages)}"
+            end = self.grant.first_page_idx + len(self.grant.pages)
+            raise ValueError(f"pages {sent} of the sequence are not in the grant, which ends at {end}")
+        if wanted:
+            self._order(Order(self, Kind.DATA, layer_idx, first_slot, wanted, ready=self._event()))
+
+    def commit(self, payload: bytes) -> None:
+        if len(payload) > MAX_CONTROL_BYTES:
+            raise ValueError(f"a commit payload of {len(payload)} bytes; at most {MAX_CONTROL_BYTES} are allowed")
+        self._order(Order(self, Kind.COMMIT, payload=payload))
+
+    def abort(self, reason: str) -> None:
+        if self.end():
+            self._order(Order(self, Kind.ABORT, payload=reason.encode()[:_MAX_REASON_BYTES]))
+
+    def end(self) -> bool:
+        """End the stream; false if it had ended."""
+        with self._lock:
+            was_open, self._open = self._open, False
+        return was_open
+
+    def finish(self, failure: str | None = None) -> None:
+        """End the stream and call back, unless it had ended."""
+        if not self.end():
+            return
+        try:
+            if failure is None:
+                self._on_acked()
+            else:
+                self._on_failed(failure)
+        except Exception:  # the engine's defect: the link goes on serving other streams
+            logger.exception("callback of request %s", self.grant.request_id)
+
+    def _order(self, order: Order) -> None:
+        assert self.put is not None
+        self.put(order)  # false if the link has ended: then it has failed this stream, or will in a moment
+
+    def _event(self) -> torch.cuda.Event | None:
+        if not self._pool.storage.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._pool.storage.device))
+        return event

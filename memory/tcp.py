@@ -1,0 +1,117 @@
+"""KV over TCP: a DATA frame's payload is the blocks themselves.
+
+The sender hands its pages to the kernel as they lie in the pool, the receiver has them written where they belong; on
+neither side is there a copy in between (GPU pools: one pinned buffer). Any network; workers come and go freely.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from memory.config import TransportConfig
+from memory.frames import Buffer, Cursor, Header, checksum
+from memory.layout import KVLayout
+from memory.leases import Lease
+from memory.link import Payloads
+from memory.pages import PagePool
+from memory.peer import Peer
+from memory.receiver import StreamReceiver
+from memory.sender import StreamSender
+from memory.staging import make_blocks
+from memory.transport import KVReceiver, KVSender, Transport
+
+_ANY_ROUTED_ADDRESS = ("192.0.2.1", 9)  # reserved for documentation; nothing is sent to it
+
+
+class BlockPeer(Peer):
+    """Has blocks written out of the socket straight into the pages."""
+
+    def _fill(self, lease: Lease, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
+        cursor = Cursor(targets)
+        while cursor:
+            with lease.lock:
+                if not lease.live:
+                    break
+                got = self._channel.receive_some(cursor)
+            if not got:
+                self._channel.await_data(deadline)
+        self._channel.drain(cursor.remaining, deadline)
+        return header.checksum
+
+
+class TcpReceiver(StreamReceiver):
+    """Receives from any host that reaches ``config.host``, or else this node's address."""
+
+    name = "tcp"
+    peer_class = BlockPeer
+
+    def __init__(
+        self,
+        pool: PagePool,
+        config: TransportConfig,
+        *,
+        on_commit: Callable[[str, bytes], None],
+        on_failed: Callable[[str, str], None],
+    ) -> None:
+        host = config.host or node_address()
+        super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=host)
+
+
+class BlockPayloads(Payloads):
+    """Frames that carry the blocks."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._layout = pool.layout
+        self._blocks = make_blocks(pool)
+
+    def hello(self) -> dict[str, Any]:
+        return {"layout": self._layout.digest()}
+
+    def data(
+        self, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+    ) -> tuple[Sequence[Buffer], int]:
+        buffers = self._blocks.gather(layer_idx, pages, ready)
+        return buffers, checksum(buffers)
+
+
+class TcpSender(StreamSender):
+    """Sends blocks straight out of the pages."""
+
+    name = "tcp"
+
+    def _make_payloads(self) -> Payloads:
+        return BlockPayloads(self._pool)
+
+
+class TcpTransport(Transport):
+    """The ``tcp`` transport."""
+
+    @staticmethod
+    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
+        return PagePool(layout, num_pages)
+
+    @staticmethod
+    def make_receiver(
+        pool: PagePool,
+        config: TransportConfig,
+        *,
+        on_commit: Callable[[str, bytes], None],
+        on_failed: Callable[[str, str], None],
+    ) -> KVReceiver:
+        return TcpReceiver(pool, config, on_commit=on_commit, on_failed=on_failed)
+
+    @staticmethod
+    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
+        return TcpSender(pool, config)
+
+
+def node_address() -> str:
+    """This node's address on its default route; the loopback address if it has no route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(_ANY_ROUTED_ADDRESS)
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]

@@ -1,0 +1,136 @@
+"""How a request's KV travels from the worker that computes it (P, sender) to the one that decodes it (D, receiver).
+
+D reserves pages and grants a lease (``memory/messages.py``); P opens a stream on the grant, pushes each layer's pages
+as soon as they are final and commits; D commits when every (layer, page) has arrived and verified, and acknowledges;
+P then frees its pages. A new transport is one module and one line in ``TRANSPORTS``.
+
+Not here: choosing workers, and who frees pages (``cluster``, ``longctx/engine``).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from memory.config import TransportConfig
+from memory.layout import KVLayout
+from memory.messages import LeaseGrant
+from memory.pages import PagePool
+from parallel.registry import Registry
+
+
+class KVReceiver(ABC):
+    """One per decode worker: grants leases on its pages and lets senders fill them.
+
+    Args:
+        pool: where the pages are.
+        config: addresses and timeouts.
+        on_commit: called with (request_id, payload) once every page of the lease holds what was sent.
+        on_failed: called with (request_id, reason) once the lease is fenced; its pages may be used for something else.
+
+    For each grant exactly one of the two is called, exactly once, on a thread of the transport; neither is called after
+    ``revoke`` or ``close`` has returned. They must return quickly and must not wait for a thread that is in ``revoke``.
+    """
+
+    name: str  # in TRANSPORTS
+    address: str  # where senders reach it
+
+    @abstractmethod
+    def grant(self, request_id: str, pages: Sequence[int], *, first_page_idx: int, num_tokens: int) -> LeaseGrant:
+        """Permission to fill ``pages``, which are the sequence's pages ``first_page_idx...``.
+
+        Raises ``ValueError`` if the request already holds a live lease or a page is not in the pool, ``RuntimeError``
+        after ``close``.
+        """
+
+    @abstractmethod
+    def revoke(self, request_id: str) -> None:
+        """Take the lease back: once this returns, nothing will write its pages. An unknown request is no error."""
+
+    @property
+    @abstractmethod
+    def num_leases(self) -> int:
+        """Live leases."""
+
+    @property
+    @abstractmethod
+    def bytes_received(self) -> int:
+        """Bytes of KV that arrived and verified since the start."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Revoke every lease and stop every thread. Idempotent."""
+
+
+class KVStream(ABC):
+    """One request's way to its receiver. Callable from the engine's thread: no method blocks, they only enqueue."""
+
+    @abstractmethod
+    def send(self, layer_idx: int, first_page_idx: int, pages: Sequence[int]) -> None:
+        """This layer of the sequence's pages ``first_page_idx...`` is final and lies in the sender's ``pages``.
+
+        Pages before the grant's first one are skipped. The pages must stay as they are until the stream is
+        acknowledged, has failed or was aborted. Raises ``ValueError`` for pages or layers outside the grant or pool.
+        """
+
+    @abstractmethod
+    def commit(self, payload: bytes) -> None:
+        """Everything was sent; ``payload`` is handed to the receiver's ``on_commit``."""
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """Give up: the receiver's ``on_failed`` gets ``reason``; neither callback of this stream starts any more."""
+
+
+class KVSender(ABC):
+    """One per prefill worker: opens streams on grants and pushes their pages on threads of its own.
+
+    Args:
+        pool: where the pages are.
+        config: timeouts and frame size.
+    """
+
+    bytes_shipped: int  # bytes of KV handed to receivers since the start
+
+    @abstractmethod
+    def open(self, grant: LeaseGrant, *, on_acked: Callable[[], None], on_failed: Callable[[str], None]) -> KVStream:
+        """A stream on ``grant``; does not block, the connection is made on the sender's thread.
+
+        Unless the stream is aborted exactly one of the callbacks is called, once, on a thread of the transport:
+        ``on_acked`` when the receiver has verified and committed everything, ``on_failed`` with the reason when it
+        refused, cannot be reached or stopped answering. Either way the pages may be freed.
+
+        Raises ``ValueError`` if the grant is for another transport or another layout, ``RuntimeError`` after ``close``.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Fail the open streams and stop every thread. Idempotent."""
+
+
+class Transport(ABC):
+    """A receiver and a sender that understand each other, and the pages they need. Never instantiated."""
+
+    @staticmethod
+    @abstractmethod
+    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
+        """A pool in host memory that this transport can send from; a receiver can use any pool."""
+
+    @staticmethod
+    @abstractmethod
+    def make_receiver(
+        pool: PagePool,
+        config: TransportConfig,
+        *,
+        on_commit: Callable[[str, bytes], None],
+        on_failed: Callable[[str, str], None],
+    ) -> KVReceiver:
+        """See ``KVReceiver``."""
+
+    @staticmethod
+    @abstractmethod
+    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
+        """See ``KVSender``."""
+
+
+TRANSPORTS = Registry(
+    "transport", {"tcp": "memory.tcp:TcpTransport", "shared_memory": "memory.shared_memory:SharedMemoryTransport"}
+)

@@ -1,0 +1,217 @@
+"""Exact attention over a sequence that the ranks of a group share: the one call that training and serving make.
+
+The mask and the layout become tiles, an exchange plan (``parallel/plan.py``) says where each is computed and what
+travels for it, and one executor runs the plan, forward and backward. What a plan or a layout cannot do raises before
+anything is sent.
+
+Legend: B batch, S this rank's queries, L this rank's keys, H query heads, K KV heads, D head dim.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.carrier import Carrier, ExchangeError, GroupCarrier, drive
+from parallel.exchange import Backward, Forward
+from parallel.layout import LAYOUTS, check_cu_seqlens, count_tokens, join_layouts, make_layout
+from parallel.links import LinkModel
+from parallel.mask import Mask
+from parallel.plan import Plan, Problem
+from parallel.planner import make_plan
+from parallel.plans import PLANS
+from parallel.tile_attention import TileKernel, choose_kernel
+
+TIMEOUT_S = 120.0
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def sequence_parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    plan: str = "auto",
+    causal: bool = True,
+    cu_seqlens: torch.Tensor | Sequence[int] | None = None,
+    window: int | None = None,
+    layout: str = "zigzag",
+    scale: float | None = None,
+    return_lse: bool = False,
+    num_nodes: int = 1,
+    links: LinkModel | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Any:
+    """Softmax attention of this rank's queries to every rank's keys, differentiable in q, k and v. Collective.
+
+    Args:
+        q: ``[batch, seq_local, num_heads, head_dim]``, this rank's queries in the order of ``layout``.
+        k, v: ``[batch, kv_local, num_kv_heads, head_dim]``. More keys than queries over all ranks are a cached prefix:
+            each rank's keys are then its part of the prefix in ``layout``, followed by those of its queries.
+        group: the ranks; None is the default group.
+        plan: an exchange plan's name, or ``auto``.
+        causal: whether query i sees only keys j <= i.
+        cu_seqlens: int32 ``[num_documents + 1]`` over the global sequence of keys, batch 1: nothing is seen across
+            documents.
+        window: query i sees only keys j with 0 <= i - j < window.
+        layout: who holds what: ``contiguous``, ``zigzag`` (rank r holds chunks r and 2W-1-r), ``striped`` or
+            ``balanced`` (for packed documents).
+        scale: of the scores; None is 1 / sqrt(head_dim).
+        return_lse: also return the log-sum-exp, float32 ``[batch, num_heads, seq_local]``, without a gradient.
+        num_nodes: nodes that the ranks are spread over in order, for ``hybrid`` and ``ulysses_ring``.
+        links: what ``auto`` weighs plans by, the same on every rank; None: ``LinkModel()``, a fast switch.
+        timeout_s: seconds to wait for a peer.
+
+    Returns:
+        ``[batch, seq_local, num_heads, head_dim]`` in q's dtype; with ``return_lse`` a pair.
+
+    Raises:
+        ValueError: for arguments that do not go together, on every rank and before any query or key is sent.
+        ExchangeError: if a peer is lost or stalls; it names rank, step and peer. Make a new group, then call again.
+    """
+    bounds = None if cu_seqlens is None else tuple(int(bound) for bound in cu_seqlens)
+    choices = _Choices(plan, causal, bounds, window, layout, scale, num_nodes, links or LinkModel())
+    carrier = GroupCarrier(group)
+    problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), timeout_s))
+    exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled())
+    run = _Run(exchange_plan, carrier, choose_kernel(q.device), scale or q.shape[-1] ** -0.5, timeout_s)
+    out, lse = _Attention.apply(q, k, v, run)
+    return (out, lse.transpose(1, 2)) if return_lse else out
+
+
+def token_ring_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Any:
+    """``sequence_parallel_attention`` with ``plan="token_ring"``."""
+    return sequence_parallel_attention(q, k, v, plan="token_ring", **arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """What every rank must pass alike."""
+
+    plan: str
+    causal: bool
+    cu_seqlens: tuple[int, ...] | None
+    window: int | None
+    layout: str
+    scale: float | None
+    num_nodes: int
+    links: LinkModel
+
+    def check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Raise ``ValueError`` for what makes no sense on this rank alone."""
+        shapes = f"q, k, v of shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} are not allowed"
+        if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+            raise ValueError(f"{shapes}: [batch, seq, heads, head_dim], k and v alike")
+        if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
+            raise ValueError(f"{shapes}: batch and head_dim are equal, num_heads is a multiple of num_kv_heads")
+        if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+            raise ValueError(
+                f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not allowed: one floating dtype for all three"
+            )
+        if k.device != q.device or v.device != q.device:
+            raise ValueError(f"q, k, v on {q.device}, {k.device}, {v.device} are not allowed: one device for all three")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is unknown; allowed: {', '.join(LAYOUTS)}")
+        if self.plan != "auto" and self.plan not in PLANS:
+            raise ValueError(f"plan {self.plan!r} is unknown; allowed: auto, {', '.join(PLANS)}")
+        if self.cu_seqlens is not None and q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens with batch {q.shape[0]} is not allowed: packed documents need batch 1")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"scale={self.scale} is not allowed: above 0")
+        Mask(self.causal, self.window)
+        choose_kernel(q.device)
+
+    def digest(self, q: torch.Tensor, k: torch.Tensor) -> int:
+        """A number that is equal where the choices and the shapes that must be equal are."""
+        text = repr((self, str(q.dtype), q.shape[0], q.shape[2], k.shape[2], q.shape[3]))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+    def make_problem(self, q: torch.Tensor, lengths: Sequence[tuple[int, int, int]]) -> Problem:
+        """From every rank's numbers of queries and keys. Raises ``ValueError`` if they are not the layout's."""
+        world_size = len(lengths)
+        num_q, num_kv = sum(own[0] for own in lengths), sum(own[1] for own in lengths)
+        if num_kv < num_q:
+            raise ValueError(f"{num_q} queries and {num_kv} keys over all ranks are not allowed: at least as many keys")
+        bounds, prefix = check_cu_seqlens(self.cu_seqlens, num_kv), num_kv - num_q
+        q_layout = make_layout(self.layout, num_q, world_size, cu_seqlens=bounds, offset=prefix)
+        before = None if bounds is None else tuple(min(bound, prefix) for bound in bounds)
+        kv_layout = join_layouts([make_layout(self.layout, prefix, world_size, cu_seqlens=before), q_layout])
+        for name, index, spans in (("queries", 0, q_layout), ("keys", 1, kv_layout)):
+            wanted, given = [count_tokens(own) for own in spans], [own[index] for own in lengths]
+            if wanted != given:
+                raise ValueError(
+                    f"the ranks hold {given} {name}; {self.layout} over {sum(given)} tokens and {world_size} ranks "
+                    f"gives them {wanted}: cut sequences with shard_sequence"
+                )
+        mask, num_kv_heads = Mask(self.causal, self.window, bounds), lengths[0][2]
+        sizes = (q.shape[2], num_kv_heads, q.shape[3], q.shape[0], q.element_size())
+        return Problem(mask, q_layout, kv_layout, *sizes, self.num_nodes)
+
+
+def _agree(
+    carrier: Carrier, choices: _Choices, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], timeout_s: float
+) -> list[tuple[int, int, int]]:
+    """Every rank's numbers of queries, keys and KV heads, once all have checked their arguments and they are equal."""
+    q, k, _ = tensors
+    refusal: ValueError | None = None
+    numbers = [0, 0, 0, 0, 0]
+    try:
+        choices.check(*tensors)
+        numbers = [1, choices.digest(q, k), q.shape[1], k.shape[1], k.shape[2]]
+    except ValueError as error:
+        refusal = error
+    try:
+        everyone = carrier.gather_numbers(numbers, timeout_s)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ExchangeError(
+            f"rank {carrier.rank}, before step 0: not every rank came within {timeout_s:g} s: {reason}"
+        ) from error
+    if refusal is not None:
+        raise refusal
+    for rank, (is_good, digest, *_lengths) in enumerate(everyone):
+        if not is_good:
+            raise ValueError(f"rank {rank} refused its arguments; its own error says why")
+        if digest != numbers[1]:
+            raise ValueError(
+                f"rank {rank} was called with other arguments than rank {carrier.rank}: plan, causal, cu_seqlens, "
+                "window, layout, scale, num_nodes, links, dtype, batch, heads and head_dim must be equal"
+            )
+    return [(num_q, num_kv, num_kv_heads) for _, _, num_q, num_kv, num_kv_heads in everyone]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    plan: Plan
+    carrier: Carrier
+    kernel: TileKernel
+    scale: float
+    timeout_s: float
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: _Run
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rank = run.carrier.rank
+        forward = Forward(run.plan, rank, run.carrier, run.kernel, q, k, v, run.scale)
+        drive(forward.run(), rank, run.timeout_s)
+        ctx.save_for_backward(q, k, v, forward.out, forward.lse)
+        ctx.run = run
+        ctx.mark_non_differentiable(forward.lse)
+        return forward.out.to(q.dtype, copy=True), forward.lse
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        run, rank = ctx.run, ctx.run.carrier.rank
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = grad_outputs[0].contiguous()
+        delta = (dout.to(out.dtype) * out).sum(-1)
+        backward = Backward(run.plan, rank, run.carrier, run.kernel, q, k, v, dout, lse, delta, run.scale)
+        drive(backward.run(), rank, run.timeout_s)
+        return backward.dq.to(q.dtype), backward.dk.to(k.dtype), backward.dv.to(v.dtype), None

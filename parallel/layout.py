@@ -1,0 +1,218 @@
+"""Which tokens of a global sequence each rank holds, and in which order.
+
+A layout is pure arithmetic: per rank a tuple of spans, arithmetic progressions of global token indices. Contiguous;
+zigzag (rank r holds chunks r and 2W-1-r of 2W, which balances a causal mask); striped after Striped Attention (arXiv
+2311.09431); balanced for packed documents: each rank gets the same unmasked area and, where documents are short, whole
+documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``start, start + step, ...`` before ``stop``."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.stop - self.start) // self.step))
+
+
+Layout = tuple[tuple[Span, ...], ...]  # per rank, in the order in which the rank holds them
+
+
+def make_layout(
+    name: str, length: int, world_size: int, *, cu_seqlens: Sequence[int] | None = None, offset: int = 0
+) -> Layout:
+    """The spans of every rank for ``length`` tokens that begin at global index ``offset``.
+
+    Args:
+        name: one of ``LAYOUTS``.
+        length: tokens in all; any number, also fewer than ranks.
+        world_size: ranks.
+        cu_seqlens: document boundaries ``[0, ..., offset + length]``; ``balanced`` without them is zigzag.
+        offset: global index of the first token.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name == "contiguous":
+        layout = tuple(_spans([_chunk(length, rank, world_size)]) for rank in range(world_size))
+    elif name == "zigzag":
+        layout = _zigzag(0, length, world_size)
+    elif name == "striped":
+        layout = tuple(tuple(s for s in (Span(rank, length, world_size),) if len(s)) for rank in range(world_size))
+    elif name == "balanced":
+        layout = _balance(_documents(cu_seqlens, offset, length), world_size)
+    else:
+        raise ValueError(f"layout {name!r} is unknown; allowed: {', '.join(LAYOUTS)}")
+    return tuple(tuple(Span(s.start + offset, s.stop + offset, s.step) for s in spans) for spans in layout)
+
+
+def join_layouts(layouts: Sequence[Layout]) -> Layout:
+    """Each rank holds its part of the first, then of the second, ...: the KV of a prompt that came in chunks."""
+    return tuple(tuple(span for layout in layouts for span in layout[rank]) for rank in range(len(layouts[0])))
+
+
+def count_tokens(spans: Sequence[Span]) -> int:
+    """Tokens that a rank with these spans holds."""
+    return sum(len(span) for span in spans)
+
+
+def token_positions(spans: Sequence[Span]) -> torch.Tensor:
+    """Global indices of a rank's tokens in local order, int64 ``[seq_local]``."""
+    parts = [torch.arange(span.start, span.stop, span.step) for span in spans]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def shard_sequence(
+    x: torch.Tensor,
+    dim: int,
+    *,
+    rank: int,
+    world_size: int,
+    layout: str = "zigzag",
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's part of a whole sequence, and where its tokens stood.
+
+    Args:
+        x: any tensor whose ``dim`` is the global sequence.
+        dim: the dimension to cut; may be negative.
+        rank, world_size: whose part.
+        layout: ``contiguous``, ``zigzag``, ``striped`` or ``balanced``.
+        cu_seqlens: ``[num_documents + 1]`` boundaries, for ``balanced``.
+
+    Returns:
+        The part, contiguous, and its global positions, int64 ``[seq_local]`` on the device of ``x``.
+
+    Raises:
+        ValueError: for an unknown layout, a rank outside the group or boundaries that do not fit ``x``.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} is not allowed: 0 to world_size - 1 = {world_size - 1}")
+    bounds = check_cu_seqlens(cu_seqlens, x.shape[dim])
+    spans = make_layout(layout, x.shape[dim], world_size, cu_seqlens=bounds)[rank]
+    positions = token_positions(spans).to(x.device)
+    return x.index_select(dim, positions), positions
+
+
+def unshard_sequence(
+    shards: Sequence[torch.Tensor],
+    dim: int,
+    *,
+    layout: str = "zigzag",
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The whole sequence from all ranks' parts, in rank order: the inverse of ``shard_sequence``.
+
+    Raises:
+        ValueError: for an unknown layout or parts that are not those of this layout.
+    """
+    length = sum(shard.shape[dim] for shard in shards)
+    bounds = check_cu_seqlens(cu_seqlens, length)
+    spans = make_layout(layout, length, len(shards), cu_seqlens=bounds)
+    for rank, (shard, own) in enumerate(zip(shards, spans, strict=True)):
+        if shard.shape[dim] != count_tokens(own):
+            raise ValueError(
+                f"rank {rank}'s part has {shard.shape[dim]} tokens; {layout} over {length} tokens and "
+                f"{len(shards)} ranks gives it {count_tokens(own)}"
+            )
+    joined = torch.cat(list(shards), dim)
+    positions = torch.cat([token_positions(own) for own in spans]).to(joined.device)
+    return torch.empty_like(joined).index_copy_(dim, positions, joined)
+
+
+def check_cu_seqlens(cu_seqlens: Sequence[int] | torch.Tensor | None, length: int) -> tuple[int, ...] | None:
+    """Document boundaries as integers; ``ValueError`` unless they rise from 0 to ``length``."""
+    if cu_seqlens is None:
+        return None
+    bounds = tuple(
+        int(bound) for bound in (cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)
+    )
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
+        shown = f"[{', '.join(map(str, bounds[:3]))}, ...]" if len(bounds) > 4 else str(list(bounds))
+        raise ValueError(f"cu_seqlens={shown} is not allowed: it rises from 0 to the sequence's length, {length}")
+    return bounds
+
+
+def _chunk(length: int, index: int, num_chunks: int) -> tuple[int, int]:
+    return length * index // num_chunks, length * (index + 1) // num_chunks
+
+
+def _spans(ranges: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
+    """Spans of ranges in their order; neighbours that touch become one, empty ones none."""
+    spans: list[Span] = []
+    for start, stop in ranges:
+        if start == stop:
+            continue
+        if spans and spans[-1].stop == start:
+            spans[-1] = Span(spans[-1].start, stop)
+        else:
+            spans.append(Span(start, stop))
+    return tuple(spans)
+
+
+def _zigzag(start: int, stop: int, world_size: int) -> Layout:
+    chunks = [_chunk(stop - start, index, 2 * world_size) for index in range(2 * world_size)]
+    own = ((chunks[rank], chunks[2 * world_size - 1 - rank]) for rank in range(world_size))
+    return tuple(_spans([(start + low, start + high) for low, high in pair]) for pair in own)
+
+
+def _documents(cu_seqlens: Sequence[int] | None, offset: int, length: int) -> list[tuple[int, int]]:
+    """Documents inside ``[offset, offset + length)``, counted from ``offset``."""
+    bounds = cu_seqlens or (offset, offset + length)
+    clipped = [min(max(bound - offset, 0), length) for bound in bounds]
+    return [(start, stop) for start, stop in pairwise(clipped) if start < stop]
+
+
+def _balance(documents: Sequence[tuple[int, int]], world_size: int) -> Layout:
+    """Long documents as zigzag over all ranks; the others in order, cut where a rank has its share of the area.
+
+    A document is long if its causal area is more than one rank's share.
+    """
+    share = sum(_area(stop - start) for start, stop in documents) / world_size
+    ranges: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
+    areas = [0.0] * world_size
+    short: list[tuple[int, int]] = []
+    for start, stop in documents:
+        if _area(stop - start) <= share:
+            short.append((start, stop))
+            continue
+        for rank, spans in enumerate(_zigzag(start, stop, world_size)):
+            ranges[rank] += [(span.start, span.stop) for span in spans]
+            areas[rank] += sum(_area(span.stop - start) - _area(span.start - start) for span in spans)
+    rank, surplus = 0, 0.0  # of the ranks before, from rounding to rows
+    for start, stop in short:
+        row = start
+        while row < stop:
+            room = share - areas[rank] - surplus
+            last = rank == world_size - 1
+            end = stop if last else min(stop, start + _rows_within(_area(row - start) + room))
+            if end > row:
+                areas[rank] += _area(end - start) - _area(row - start)
+                ranges[rank].append((row, end))
+            row = max(row, end)
+            if row < stop:
+                surplus += areas[rank] - share
+                rank += 1
+    return tuple(_spans(sorted(own)) for own in ranges)
+
+
+def _area(num_tokens: int) -> int:
+    """Unmasked entries of the first ``num_tokens`` rows of a causal document."""
+    return num_tokens * (num_tokens + 1) // 2
+
+
+def _rows_within(area: float) -> int:
+    """Rows from a document's beginning whose area is nearest to ``area``."""
+    return max(0, round(((8 * max(area, 0) + 1) ** 0.5 - 1) / 2))

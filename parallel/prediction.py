@@ -1,0 +1,116 @@
+"""How long a plan takes under a link model: the executor's schedule, played through without computing anything.
+
+A rank posts a step's messages when it reaches the step; a message starts when both ends have posted it, what it carries
+is there and the way is free; work starts when its rank is free and its rows are there. At a switch a message takes its
+turn at the sender's port and then at the receiver's, so that a busy receiver does not hold up the sender's next one.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from parallel.links import LinkModel
+from parallel.plan import Heads, Move, Plan, Return, Work, by_step
+
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5  # matrix products per unmasked entry, 2 * head_dim operations each
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that takes time: computing on a rank, or a message between two."""
+
+    kind: str  # "compute", "q", "kv", or their "return"
+    rank: int  # who computes or sends
+    peer: int  # who receives; the rank itself if it computes
+    owner: int  # whose rows
+    step: int
+    start_s: float
+    stop_s: float
+    num_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Prediction:
+    """A plan's schedule."""
+
+    plan: Plan
+    seconds: float = 0.0
+    compute_s: float = 0.0  # of the rank that computes longest
+    num_bytes: int = 0  # over all links
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def exposed_s(self) -> float:
+        """Time in which the busiest rank does not compute."""
+        return self.seconds - self.compute_s
+
+
+def predict(plan: Plan, links: LinkModel, *, backward: bool = False) -> Prediction:
+    """The schedule of one direction of a plan."""
+    return _Player(plan, links, backward).play()
+
+
+class _Player:
+    def __init__(self, plan: Plan, links: LinkModel, backward: bool) -> None:
+        self.plan, self.links, self.backward = plan, links, backward
+        self.prediction = Prediction(plan)
+        self.free_at = [0.0] * plan.problem.world_size  # when a rank has computed all it was given so far
+        self.link_free_at: dict[tuple[int, int], float] = defaultdict(float)
+        self.arrived_at: dict[tuple[int, str, int, Heads], float] = {}
+        self.home_at = [0.0] * plan.problem.world_size
+        self.moves, self.works = by_step(plan.moves), by_step(plan.works)
+        self.returns = by_step(plan.returns(backward=backward))
+
+    def play(self) -> Prediction:
+        busy = [0.0] * len(self.free_at)
+        for step in range(self.plan.num_steps + 1):
+            reached_at = list(self.free_at)
+            for move in self.moves[step]:
+                key = (move.source, move.kind, move.owner, move.heads)
+                ready = max(reached_at[move.source], reached_at[move.destination], self.arrived_at.get(key, 0.0))
+                stop = self._send(move, move.source, move.destination, ready)
+                self.arrived_at[move.destination, move.kind, move.owner, move.heads] = stop
+            for back in self.returns[step - 1]:
+                ready = max(reached_at[back.source], reached_at[back.owner])
+                stop = self._send(back, back.source, back.owner, ready)
+                self.home_at[back.owner] = max(self.home_at[back.owner], stop)
+            for work in self.works[step]:
+                busy[work.rank] += self._compute(work)
+        prediction = self.prediction
+        prediction.seconds = max((*self.free_at, *self.home_at), default=0.0)
+        prediction.compute_s = max(busy, default=0.0)
+        return prediction
+
+    def _send(self, item: Move | Return, source: int, destination: int, ready: float) -> float:
+        plan, links = self.plan, self.links
+        node_size = plan.problem.world_size // plan.problem.num_nodes or 1
+        between_nodes = source // node_size != destination // node_size
+        if isinstance(item, Move):
+            kind, num_bytes = item.kind, plan.move_bytes(item, backward=self.backward)
+        else:
+            kind, num_bytes = f"{item.kind} return", plan.return_bytes(item, backward=self.backward)
+        seconds = links.seconds(num_bytes, between_nodes=between_nodes)
+        out = (source, destination) if links.topology == "mesh" else (source, -1)
+        start = max(ready, self.link_free_at[out])
+        end = self.link_free_at[out] = start + seconds
+        if links.topology == "switch":
+            end = self.link_free_at[-1, destination] = max(end, self.link_free_at[-1, destination] + seconds)
+        stop = end + links.latency(between_nodes=between_nodes)
+        self.prediction.events.append(Event(kind, source, destination, item.owner, item.step, start, stop, num_bytes))
+        self.prediction.num_bytes += num_bytes
+        return stop
+
+    def _compute(self, work: Work) -> float:
+        problem = self.plan.problem
+        arrivals = [
+            self.arrived_at.get((work.rank, kind, owner, work.heads), 0.0)
+            for kind, owner in (("q", work.q_owner), ("kv", work.kv_owner))
+            if owner != work.rank
+        ]
+        start = max(self.free_at[work.rank], *arrivals, 0.0)
+        entries = sum(tile.area for tile in work.tiles) * (work.heads[1] - work.heads[0]) * problem.batch_size
+        products = BACKWARD_PRODUCTS if self.backward else FORWARD_PRODUCTS
+        seconds = entries * products * 2 * problem.head_dim / self.links.flops_per_s
+        self.free_at[work.rank] = start + seconds
+        event = Event("compute", work.rank, work.rank, work.q_owner, work.step, start, start + seconds)
+        self.prediction.events.append(event)
+        return seconds

@@ -1,0 +1,171 @@
+"""Attention of one tile: the block kernels that an exchange plan is made of.
+
+A kernel sees rectangles with nothing masked, squares with a causal diagonal, and, for windows, bands of a few hundred
+rows; ``decompose`` cuts any tile into these. Which kernel runs is chosen by name or by device.
+
+Legend: B batch, S queries, L keys, H query heads, K KV heads, D head dim.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from parallel.mask import UNBOUNDED, Tile
+from parallel.merge import merge_partial_
+from parallel.registry import Registry
+
+BAND_ROWS = 512  # rows of a window that share one mask
+
+TILE_ATTENTION = Registry(
+    "tile attention",
+    {
+        "cpu_flash": "parallel.cpu_flash:CpuFlash",
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a tile: full, causal (row i sees columns up to i; square) or, with ``low`` set, a band."""
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+    is_causal: bool = False
+    low: int | None = None  # row i of the block sees columns i + low .. i + high
+    high: int = UNBOUNDED
+
+
+class TileKernel(ABC):
+    """One block at a time, forward and backward, accumulating in float32 (float64 for float64)."""
+
+    @abstractmethod
+    def forward(
+        self, q_BSHD: torch.Tensor, k_BLKD: torch.Tensor, v_BLKD: torch.Tensor, block: Block, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output ``[B, S, H, D]`` and log-sum-exp ``[B, S, H]`` of the block, in the accumulator's dtype.
+
+        The arguments are already cut to the block; query head h reads KV head h // (H / K).
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        dout_BSHD: torch.Tensor,
+        q_BSHD: torch.Tensor,
+        k_BLKD: torch.Tensor,
+        v_BLKD: torch.Tensor,
+        lse_BSH: torch.Tensor,
+        delta_BSH: torch.Tensor,
+        block: Block,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dQ, dK and dV of the block; ``lse_BSH`` is over all keys, ``delta_BSH`` is rowsum(dO * O)."""
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What partial results of ``dtype`` are kept and sent in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def choose_kernel(device: torch.device, name: str = "auto") -> TileKernel:
+    """The kernel ``name``, or for ``auto`` the device's. Raises ``ValueError`` where there is none."""
+    if name == "auto":
+        if device.type != "cpu":
+            raise ValueError(f"sequence parallel attention on {device.type} is not allowed: only on a CPU so far")
+        name = "cpu_flash"
+    return TILE_ATTENTION.get(name)()
+
+
+def attend_tile_(
+    kernel: TileKernel,
+    tile: Tile,
+    q_BSHD: torch.Tensor,
+    k_BLKD: torch.Tensor,
+    v_BLKD: torch.Tensor,
+    out_BSHD: torch.Tensor,
+    lse_BSH: torch.Tensor,
+    scale: float,
+) -> None:
+    """Merge a tile's attention into ``out_BSHD`` and ``lse_BSH``; all arguments are cut to the tile."""
+    for block in decompose(tile):
+        rows, columns = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
+        partial = kernel.forward(q_BSHD[:, rows], k_BLKD[:, columns], v_BLKD[:, columns], block, scale)
+        merge_partial_(out_BSHD[:, rows], lse_BSH[:, rows], *partial)
+
+
+def differentiate_tile_(
+    kernel: TileKernel,
+    tile: Tile,
+    dout_BSHD: torch.Tensor,
+    q_BSHD: torch.Tensor,
+    k_BLKD: torch.Tensor,
+    v_BLKD: torch.Tensor,
+    lse_BSH: torch.Tensor,
+    delta_BSH: torch.Tensor,
+    dq_BSHD: torch.Tensor,
+    dk_BLKD: torch.Tensor,
+    dv_BLKD: torch.Tensor,
+    scale: float,
+) -> None:
+    """Add a tile's gradients to ``dq_BSHD``, ``dk_BLKD`` and ``dv_BLKD``; all arguments are cut to the tile."""
+    for block in decompose(tile):
+        rows, columns = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
+        dq, dk, dv = kernel.backward(
+            dout_BSHD[:, rows],
+            q_BSHD[:, rows],
+            k_BLKD[:, columns],
+            v_BLKD[:, columns],
+            lse_BSH[:, rows],
+            delta_BSH[:, rows],
+            block,
+            scale,
+        )
+        dq_BSHD[:, rows] += dq
+        dk_BLKD[:, columns] += dk
+        dv_BLKD[:, columns] += dv
+
+
+def decompose(tile: Tile) -> Iterator[Block]:
+    """Blocks that cover the tile's unmasked entries once, in rows and columns counted from its corner."""
+    num_rows, num_columns = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
+    if tile.is_full:
+        yield Block(0, num_rows, 0, num_columns)
+    elif tile.low == -UNBOUNDED:
+        yield from _decompose_causal(num_rows, num_columns, tile.high)
+    else:
+        yield from _decompose_band(num_rows, num_columns, tile.low, tile.high)
+
+
+def split_heads(heads: tuple[int, int], group_size: int) -> list[tuple[slice, slice]]:
+    """Query heads and the KV heads they read, both counted from the first, in runs of equal heads per KV head."""
+    first, stop = heads
+    kv_first = first // group_size
+    whole = min(stop, -(-first // group_size) * group_size), max(first, stop // group_size * group_size)
+    cuts = sorted({first, stop, *whole})
+    return [
+        (slice(low - first, high - first), slice(low // group_size - kv_first, -(-high // group_size) - kv_first))
+        for low, high in pairwise(cuts)
+    ]
+
+
+def _decompose_causal(num_rows: int, num_columns: int, high: int) -> Iterator[Block]:
+    """Row i sees columns up to i + high: a rectangle, a square with a diagonal, and rows that see everything."""
+    square = min(num_rows, num_columns - high)
+    if high:
+        yield Block(0, square, 0, high)
+    yield Block(0, square, high, high + square, is_causal=True)
+    if square < num_rows:
+        yield Block(square, num_rows, 0, num_columns)
+
+
+def _decompose_band(num_rows: int, num_columns: int, low: int, high: int) -> Iterator[Block]:
+    for first in range(0, num_rows, BAND_ROWS):
+        end = min(first + BAND_ROWS, num_rows)
+        left, right = max(0, first + low), min(num_columns, end + high)
+        shift = left - first
+        yield Block(first, end, left, right, low=low - shift, high=high - shift)

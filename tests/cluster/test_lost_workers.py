@@ -1,0 +1,191 @@
+"""Workers die (SIGKILL) or freeze (SIGSTOP) in processes of their own: right text or a clear error, never a hang."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from cluster.openai_errors import to_api_error
+from cluster.serving import NotReadyError
+from longctx.errors import WorkerLostError
+from tests.cluster.small_cluster import (
+    TRANSPORTS,
+    WAIT_S,
+    generate_alone,
+    join,
+    make_config,
+    make_prompt,
+    start_cluster,
+    wait_until,
+)
+from tests.cluster.worker_process import open_worker
+from tests.longctx.engines import GREEDY, make_request
+from tests.tiny_checkpoints import make_checkpoint
+
+LONG = 2000  # tokens: more than a hundred steps of ``SMALL_STEPS``
+SMALL_STEPS = 16  # tokens
+HITS = ("kill", "freeze")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama", max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return generate_alone(make_config(folder), [make_request("r", make_prompt(0, LONG))])[0]
+
+
+async def stats_of(cluster, name):
+    """As last heard."""
+    return next(stats for stats in await cluster.router.worker_stats() if stats.name == name)
+
+
+async def is_idle(cluster, name):
+    """Whether the worker has done something, and holds nothing any more."""
+    engine = (await stats_of(cluster, name)).engine
+    return engine.num_generated_tokens and not engine.num_pages_used and not engine.num_running
+
+
+async def is_lost(cluster, name):
+    return not next(worker.ready for worker in (await cluster.router.health()).workers if worker.name == name)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("hit", HITS)
+def test_prefill_worker_is_lost_while_it_ships(folder, expected, transport, hit):
+    config = make_config(folder, transport=transport, max_batch_tokens=SMALL_STEPS)
+
+    async def scenario():
+        async with open_worker("prefill-0", "prefill", config) as prefill, start_cluster(config, prefill) as cluster:
+            task = asyncio.create_task(cluster.answer(make_request("r", make_prompt(0, LONG))))
+            receiver = cluster.workers["decode-0"]._receivers[transport]
+            await wait_until(lambda: receiver.bytes_received)
+            getattr(prefill, hit)()
+            assert receiver.num_leases == 1, "the prompt was shipped before the worker was hit"
+            answer = await task
+            health = await cluster.router.health()
+            await cluster.wait_until_free()
+            return answer, {worker.name: worker.ready for worker in health.workers}
+
+    answer, ready = asyncio.run(scenario())
+    assert answer == expected
+    assert ready == {"prefill-0": False, "decode-0": True}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_lease_of_a_frozen_sender_runs_out(folder, expected, transport):
+    """Nobody but the lease notices: the router would wait for longer than the test."""
+    config = make_config(
+        folder, transport=transport, max_batch_tokens=SMALL_STEPS, lease_ttl_s=0.5, worker_timeout_s=2 * WAIT_S
+    )
+
+    async def scenario():
+        async with open_worker("prefill-0", "prefill", config) as prefill, start_cluster(config, prefill) as cluster:
+            task = asyncio.create_task(cluster.answer(make_request("r", make_prompt(0, LONG))))
+            receiver = cluster.workers["decode-0"]._receivers[transport]
+            await wait_until(lambda: receiver.bytes_received)
+            prefill.freeze()
+            answer = await task
+            prefill.thaw()  # what it sends now is refused
+            await wait_until(lambda: is_idle(cluster, "decode-0"))
+            again = await cluster.answer(make_request("again", make_prompt(0, LONG)))
+            return answer, [replace(delta, request_id="r") for delta in again]
+
+    assert asyncio.run(scenario()) == (expected, expected)
+
+
+@pytest.mark.parametrize("hit", HITS)
+def test_another_decode_worker_takes_over_what_has_no_text_yet(folder, expected, hit):
+    config = make_config(folder, num_decode=2, max_batch_tokens=SMALL_STEPS)
+
+    async def scenario():
+        async with open_worker("decode-0", "decode", config) as decode, start_cluster(config, decode) as cluster:
+            task = asyncio.create_task(cluster.answer(make_request("r", make_prompt(0, LONG))))
+            await wait_until(cluster.num_shipped)
+            assert cluster.router.worker_of("r") == "decode-0"
+            getattr(decode, hit)()
+            answer = await task
+            return answer, (await cluster.stats("decode-1")).num_generated_tokens
+
+    answer, num_generated = asyncio.run(scenario())
+    assert answer == expected
+    assert num_generated == len(answer[0].token_ids) - 1  # the prefill worker sampled the first
+
+
+@pytest.mark.parametrize("hit", HITS)
+@pytest.mark.parametrize("num_decode", [1, 2])
+def test_a_text_that_has_begun_ends_in_an_error(folder, hit, num_decode):
+    config = make_config(folder, num_decode=num_decode)
+    request = make_request("r", make_prompt(0, 100), replace(GREEDY, max_tokens=8000))
+    other = make_request("other", make_prompt(1, 100))
+
+    async def scenario():
+        async with open_worker("decode-0", "decode", config) as decode, start_cluster(config, decode) as cluster:
+            seen = []
+
+            async def read():
+                async for deltas in cluster.router.submit(request):
+                    if not seen:
+                        getattr(decode, hit)()
+                    seen.extend(deltas)
+
+            with pytest.raises(WorkerLostError) as caught:
+                await asyncio.wait_for(read(), WAIT_S)
+            api_error = to_api_error(caught.value)
+            if num_decode == 1:  # nobody is left
+                with pytest.raises(NotReadyError, match="decode-0"):
+                    await cluster.answer(other)
+                return seen, api_error, None
+            return seen, api_error, await cluster.answer(other)
+
+    seen, api_error, answer = asyncio.run(scenario())
+    text = generate_alone(config, [replace(request, sampling=replace(GREEDY, max_tokens=len(seen)))])[0][0]
+    assert join(seen)[0].token_ids == text.token_ids, "what came before the loss is right"
+    assert (api_error.status, api_error.code) == (503, "worker_lost")
+    assert "decode-0" in str(api_error)
+    assert answer is None or answer == generate_alone(config, [other])[0]
+
+
+def test_a_thawed_worker_comes_back_and_has_forgotten(folder):
+    config = make_config(folder, max_batch_tokens=SMALL_STEPS)
+    request = make_request("r", make_prompt(0, 500))
+
+    async def scenario():
+        async with open_worker("decode-0", "decode", config) as decode, start_cluster(config, decode) as cluster:
+            task = asyncio.create_task(cluster.answer(make_request("lost", make_prompt(1, LONG))))
+            await wait_until(cluster.num_shipped)
+            decode.freeze()
+            with pytest.raises(NotReadyError):
+                await task
+            decode.thaw()
+            await cluster.wait_until_ready()
+            answer = await cluster.answer(request)
+            await wait_until(lambda: is_idle(cluster, "decode-0"))
+            return answer
+
+    assert asyncio.run(scenario()) == generate_alone(config, [request])[0]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_restarted_worker_is_used_again(folder, role):
+    config = make_config(folder)
+    requests = [make_request(f"r{n}", make_prompt(n, 100)) for n in range(2)]
+
+    async def scenario():
+        name = f"{role}-0"
+        async with open_worker(name, role, config) as process, start_cluster(config, process) as cluster:
+            first = await cluster.answer(requests[0])
+            process.kill()
+
+            await wait_until(lambda: is_lost(cluster, name))
+            await process.restart()
+            await cluster.wait_until_ready()
+            second = await cluster.answer(requests[1])
+            await wait_until(lambda: is_idle(cluster, name))
+            return [first, second], await stats_of(cluster, name)
+
+    answers, stats = asyncio.run(scenario())
+    assert answers == generate_alone(config, requests)
+    assert stats.engine.num_generated_tokens == (1 if role == "prefill" else GREEDY.max_tokens - 1)

@@ -1,0 +1,86 @@
+"""Policies are functions of what the router knows, and so is the router's guess of what a worker has cached."""
+
+import pytest
+
+from cluster.placed_prefixes import BLOCK_SIZE, PlacedPrefixes, digest_prefix
+from cluster.policies import POLICIES
+from cluster.policies.policy import WorkerLoad
+from tests.cluster.small_cluster import make_prompt
+
+
+def load(name, *, node="a", pending=0, requests=0, free=100, cached=0):
+    return WorkerLoad(name, node, pending, requests, free, cached)
+
+
+IDLE = [load("d0"), load("d1")]
+CASES = {
+    "first of equals": ([load("p0"), load("p1")], IDLE, ("p0", "d0")),
+    "no prefill worker": ([], IDLE, (None, "d0")),
+    "fewer tokens before it": ([load("p0", pending=500), load("p1", pending=499)], IDLE, ("p1", "d0")),
+    "cached prefix": ([load("p0"), load("p1", cached=64)], IDLE, ("p1", "d0")),
+    "cached prefix worth waiting for": ([load("p0"), load("p1", pending=500, cached=640)], IDLE, ("p1", "d0")),
+    "cached prefix not worth it": ([load("p0"), load("p1", pending=700, cached=640)], IDLE, ("p0", "d0")),
+    "same node": ([load("p0", node="b"), load("p1")], IDLE, ("p1", "d0")),
+    "same node as the chosen generator": (
+        [load("p0"), load("p1", node="b")],
+        [load("d0", requests=1), load("d1", node="b")],
+        ("p1", "d1"),
+    ),
+    "queue before node": ([load("p0", node="b"), load("p1", pending=1)], IDLE, ("p0", "d0")),
+    "fewer requests": ([], [load("d0", requests=2, free=100), load("d1", requests=1, free=1)], (None, "d1")),
+    "requests before cached prefix": ([], [load("d0", requests=1, cached=640), load("d1")], (None, "d1")),
+    "less to ship": ([], [load("d0", free=100), load("d1", free=1, cached=64)], (None, "d1")),
+    "more free pages": ([], [load("d0", free=9), load("d1", free=10)], (None, "d1")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shortest_queue(case):
+    prefill, decode, expected = CASES[case]
+    computer, generator = POLICIES.get("shortest_queue")().choose(prefill, decode, num_tokens=1000)
+    assert (computer and computer.name, generator.name) == expected
+
+
+@pytest.mark.parametrize("name", tuple(POLICIES))
+def test_every_policy_picks_from_what_it_is_given(name):
+    policy = POLICIES.get(name)()
+    prefill, decode = [load("p0", pending=7)], [load("d0", requests=3, free=0)]
+    assert policy.choose(prefill, decode, num_tokens=1) == (prefill[0], decode[0])
+    assert policy.choose([], decode, num_tokens=1) == (None, decode[0])
+
+
+@pytest.mark.parametrize(
+    "length, salt, known",
+    [
+        (5 * BLOCK_SIZE, "", 5),
+        (5 * BLOCK_SIZE - 1, "", 4),
+        (BLOCK_SIZE - 1, "", 0),
+        (9 * BLOCK_SIZE, "", 6),  # 6 and a half were placed
+        (5 * BLOCK_SIZE, "other", 0),
+    ],
+)
+def test_a_placed_prefix_is_known(length, salt, known):
+    prompt = make_prompt(0, 9 * BLOCK_SIZE)
+    prefixes = PlacedPrefixes()
+    prefixes.add(digest_prefix(prompt[: 6 * BLOCK_SIZE + BLOCK_SIZE // 2]), max_tokens=1 << 20)
+    assert prefixes.count_tokens(digest_prefix(prompt[:length], salt)) == known * BLOCK_SIZE
+
+
+def test_another_token_ends_the_known_prefix():
+    prompt = make_prompt(0, 4 * BLOCK_SIZE)
+    prefixes = PlacedPrefixes()
+    prefixes.add(digest_prefix(prompt), max_tokens=1 << 20)
+    prompt[2 * BLOCK_SIZE] ^= 1
+    assert prefixes.count_tokens(digest_prefix(prompt)) == 2 * BLOCK_SIZE
+
+
+def test_what_was_used_longest_ago_is_forgotten_tail_first():
+    first, second, third = (digest_prefix(make_prompt(seed, 4 * BLOCK_SIZE)) for seed in range(3))
+    prefixes = PlacedPrefixes()
+    for digests in (first, second, first, third):
+        prefixes.add(digests, max_tokens=10 * BLOCK_SIZE)
+    assert [prefixes.count_tokens(digests) // BLOCK_SIZE for digests in (first, second, third)] == [4, 2, 4]
+    prefixes.add(first, max_tokens=2 * BLOCK_SIZE)  # a pool smaller than the prompt
+    assert [prefixes.count_tokens(digests) // BLOCK_SIZE for digests in (first, second, third)] == [2, 0, 0]
+    prefixes.clear()
+    assert prefixes.count_tokens(first) == 0

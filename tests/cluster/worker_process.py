@@ -1,0 +1,139 @@
+"""A worker in a process of its own, without Ray: calls travel pickled over a socket pair, and signals reach it.
+
+Processes are forked from a server that has torch and the workers imported: one starts in a fraction of a second.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from cluster.config import ServeConfig
+from longctx.errors import WorkerLostError
+
+_SIZE = struct.Struct("<Q")
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.cluster.small_cluster"])
+
+
+class ProcessHandle:
+    """A ``WorkerHandle`` on a worker of another process."""
+
+    def __init__(self, name: str, role: str, config: ServeConfig) -> None:
+        self.name, self.role, self._config = name, role, config
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._num_calls = 0
+
+    async def open(self) -> None:
+        """Start the process; the worker in it loads nothing yet."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = _FORKS.Process(target=_main, args=(theirs, self.name, self.role, self._config), daemon=True)
+            self._process.start()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._reading = asyncio.create_task(self._read(reader))
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        """See ``WorkerHandle.call``."""
+        if self._reading.done():
+            raise WorkerLostError(f"{self.name} died")
+        self._num_calls += 1
+        number = self._num_calls
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        _send(self._writer, (number, method, args))
+        try:
+            return await answer
+        finally:
+            self._answers.pop(number, None)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._signal(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    async def restart(self) -> None:
+        """A new process in the place of the old one, as Ray makes it."""
+        await self.close()
+        await self.open()
+
+    async def close(self) -> None:
+        """Kill the process, whatever its state."""
+        self.kill()
+        await asyncio.to_thread(self._process.join)
+        self._writer.close()
+        await self._reading
+
+    def _signal(self, number: int) -> None:
+        if self._process.is_alive() and self._process.pid is not None:
+            os.kill(self._process.pid, number)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                number, result, error = await _receive(reader)
+                answer = self._answers.get(number)
+                if answer is not None and not answer.done():
+                    answer.set_exception(error) if error is not None else answer.set_result(result)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(WorkerLostError(f"{self.name} died"))
+
+
+@asynccontextmanager
+async def open_worker(name: str, role: str, config: ServeConfig) -> AsyncIterator[ProcessHandle]:
+    """A worker's process, killed in the end."""
+    handle = ProcessHandle(name, role, config)
+    await handle.open()
+    try:
+        yield handle
+    finally:
+        await handle.close()
+
+
+def _main(sock: socket.socket, name: str, role: str, config: ServeConfig) -> None:
+    asyncio.run(_serve(sock, name, role, config))
+
+
+async def _serve(sock: socket.socket, name: str, role: str, config: ServeConfig) -> None:
+    """Run calls, each as a task begun in the order of arrival, until the other end closes."""
+    from tests.cluster.small_cluster import WORKERS
+
+    worker = WORKERS[role](name, config)
+    reader, writer = await asyncio.open_connection(sock=sock)
+
+    async def run(number: int, method: str, args: tuple[Any, ...]) -> None:
+        try:
+            _send(writer, (number, await getattr(worker, method)(*args), None))
+        except Exception as error:
+            _send(writer, (number, None, error))
+
+    tasks = set()
+    with suppress(asyncio.IncompleteReadError, ConnectionError):
+        while True:
+            task = asyncio.create_task(run(*await _receive(reader)))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+    await worker.close()
+
+
+def _send(writer: asyncio.StreamWriter, message: object) -> None:
+    data = pickle.dumps(message)
+    writer.write(_SIZE.pack(len(data)) + data)
+
+
+async def _receive(reader: asyncio.StreamReader) -> Any:
+    (size,) = _SIZE.unpack(await reader.readexactly(_SIZE.size))
+    return pickle.loads(await reader.readexactly(size))

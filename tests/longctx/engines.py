@@ -1,0 +1,67 @@
+"""Engines over tiny checkpoints, and how tests drive them."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from longctx.engine.build import build_engine
+from longctx.engine.config import EngineConfig
+from longctx.engine.engine import Engine
+from longctx.messages import GenerationRequest, OutputDelta, SamplingParams
+from longctx.models.config import ModelConfig
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+MAX_STEPS = 20_000
+
+
+def make_engine(folder: Path, *, num_pages: int | None = None, **options: Any) -> Engine:
+    """An engine on the CPU; ``num_pages`` limits the pool, the rest are fields of either configuration."""
+    model_options = {name: options.pop(name) for name in ("attention", "max_context") if name in options}
+    model_config = ModelConfig(path=str(folder), device="cpu", **model_options)
+    options = {"num_threads": 1, "max_sequences": 16, "kv_bytes": "4MiB"} | options
+    if num_pages is not None:
+        probe = build_engine(model_config, EngineConfig(**options))
+        options["kv_bytes"] = str(num_pages * probe.pool.layout.page_bytes)
+    return build_engine(model_config, EngineConfig(**options))
+
+
+def make_request(
+    request_id: str, prompt: list[int], params: SamplingParams = GREEDY, **fields: str
+) -> GenerationRequest:
+    return GenerationRequest(request_id, tuple(prompt), params, **fields)
+
+
+def check_pages(engine: Engine) -> None:
+    """Every page is used, cached or free, and none is two of these."""
+    pool, cache = engine.pool, engine.cache
+    held = sum(count > 0 for count in pool.refcounts)
+    assert held == cache.num_used
+    assert held + cache.num_idle + pool.num_free == pool.num_pages
+
+
+def run(engine: Engine, *, max_steps: int = MAX_STEPS) -> list[OutputDelta]:
+    """Step until nothing is left; all deltas."""
+    deltas: list[OutputDelta] = []
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return deltas
+        deltas += engine.step()
+        check_pages(engine)
+    raise AssertionError(f"still working after {max_steps} steps")
+
+
+def collect(deltas: list[OutputDelta]) -> dict[tuple[str, int], list[int]]:
+    """Token ids by request and index."""
+    token_ids: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for delta in deltas:
+        token_ids[delta.request_id, delta.index] += delta.token_ids
+    return dict(token_ids)
+
+
+def generate(engine: Engine, requests: list[GenerationRequest]) -> dict[tuple[str, int], list[int]]:
+    """Token ids of all requests, added together; the pages must all be free afterwards."""
+    for request in requests:
+        engine.add(request)
+    token_ids = collect(run(engine))
+    assert engine.stats().num_pages_used == 0
+    return token_ids

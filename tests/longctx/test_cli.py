@@ -1,0 +1,74 @@
+"""The command line as a user meets it: real processes, exit codes, and what may not be imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from longctx.cli.commands import COMMANDS, load
+from longctx.cli.main import main
+from longctx.config import list_keys
+
+HEAVY = ("torch", "ray", "transformers")
+PROBE = """
+import sys
+from longctx.cli.main import main
+code = main(sys.argv[1:])
+loaded = [name for name in ("torch", "ray", "transformers") if name in sys.modules]
+print("loaded:", *loaded)
+sys.exit(code)
+"""
+
+
+def probe(*arguments):
+    """Exit code, standard output with the heavy modules that were loaded in its last line, standard error."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--help",), 0, [*COMMANDS, "key=value"]),
+        (("serve", "--help"), 0, list(list_keys(load(COMMANDS["serve"].root)))),
+        (("generate", "--help"), 0, ["generate.prompt_file", "engine.kv_bytes"]),
+        (("--version",), 0, ["longctx 0."]),
+        (("serv",), 2, ["serv", "did you mean serve"]),
+        (("serve", "engine.kv_byte=1"), 2, ["engine.kv_bytes"]),
+        (("serve", "server.port=x"), 2, ["server.port"]),
+        (("serve", "--config-dir"), 2, ["--config-dir"]),
+        (("generate",), 2, ["generate.prompt"]),
+        (("generate", "generate.prompt=a", "model.path=/absent"), 2, ["/absent"]),
+        (("serve", "model.path=/absent"), 2, ["/absent"]),
+    ],
+)
+def test_answers_without_loading_anything_heavy(arguments, code, words):
+    got, output, errors = probe(*arguments)
+    assert got == code, errors
+    text = output if code == 0 else errors
+    for word in words:
+        assert word in text
+    assert "Traceback" not in errors
+    assert output.splitlines()[-1] == "loaded:"
+
+
+def test_importing_longctx_loads_neither_torch_nor_ray():
+    script = "import sys, longctx; assert not {'torch', 'ray', 'transformers', 'hydra'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_generate_prints_text_and_figures(capsys, tmp_path):
+    document = tmp_path / "document.txt"
+    document.write_text("import os\n" * 20 + "The pass key is 48213. Remember it.\n" + "import sys\n" * 20)
+    arguments = [f"generate.prompt_file={document}", "generate.prompt=What is the pass key?", "engine.kv_bytes=64MiB"]
+    assert main(["generate", *arguments, "generate.max_tokens=40", "model.max_context=4096"]) == 0
+    output, errors = capsys.readouterr()
+    assert "48213" in output
+    assert "prompt tokens" in errors
+
+
+def test_traceback_on_demand(capsys):
+    assert main(["serve", "--traceback", "nonsense=1"]) == 2
+    assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""The GPU implementations' calls, checked on a CPU: the kernels are replaced by their documented meaning in fp64.
+
+What this cannot show is that the kernels themselves run; the ``gpu`` tests do.
+"""
+
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from longctx.attention.batch import AttentionShape, PackedBatch
+from longctx.attention.registry import ATTENTION
+from longctx.attention.torch_paged import TorchPagedAttention
+from memory.layout import KVLayout
+from memory.pages import PagePool
+
+PAGE_SIZE = 256
+
+
+def attend_documented(q_THD, k_pages, v_pages, *, q_lens, kv_lens, tables, scale, window):
+    """Bottom-right aligned attention over paged KV, as flash-attn documents ``window_size`` and ``block_table``."""
+    left, right = window
+    outs = []
+    for q, kv_len, table in zip(q_THD.split(q_lens), kv_lens, tables, strict=True):
+        k, v = (pages[table.long()].flatten(0, 1)[:kv_len].double() for pages in (k_pages, v_pages))
+        group = q.shape[1] // k.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q.double(), k.repeat_interleave(group, 1)) * scale
+        query = torch.arange(len(q))[:, None] + kv_len - len(q)
+        key = torch.arange(kv_len)[None]
+        seen = key <= query + right
+        if left >= 0:
+            seen &= key >= query - left
+        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1)))
+    return torch.cat(outs).to(q_THD.dtype)
+
+
+def varlen_documented(
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, block_table
+):
+    q_lens, kv_lens = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    assert causal and max_seqlen_q == max(q_lens) and max_seqlen_k == max(kv_lens) and cu_seqlens_k.dtype == torch.int32
+    return attend_documented(
+        q, k, v, q_lens=q_lens, kv_lens=kv_lens, tables=block_table, scale=softmax_scale, window=window_size
+    )
+
+
+def with_kvcache_documented(q, k, v, *, cache_seqlens, block_table, softmax_scale, causal, window_size):
+    assert causal and q.shape[1] == 1
+    out = attend_documented(
+        q[:, 0],
+        k,
+        v,
+        q_lens=[1] * len(q),
+        kv_lens=cache_seqlens.tolist(),
+        tables=block_table,
+        scale=softmax_scale,
+        window=window_size,
+    )
+    return out[:, None]
+
+
+def torch_varlen_documented(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table
+):
+    assert enable_gqa == (q.shape[1] != k.shape[2])
+    assert cu_seq_k.diff().tolist() == seqused_k.tolist()
+    return varlen_documented(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seq_q,
+        cu_seqlens_k=cu_seq_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=window_size,
+        block_table=block_table,
+    )
+
+
+@pytest.fixture
+def documented_kernels(monkeypatch):
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = varlen_documented
+    module.flash_attn_with_kvcache = with_kvcache_documented
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen_documented)
+
+
+@pytest.mark.usefixtures("documented_kernels")
+@pytest.mark.parametrize("name", ["flash_attn", "torch_flash"])
+@pytest.mark.parametrize("window", [None, 300])
+def test_calls_mean_causal_paged_attention(name, window):
+    torch.manual_seed(0)
+    backend, oracle = ATTENTION.get(name)(), TorchPagedAttention()
+    shape = AttentionShape(0, 4, 2, 16, 0.25, window)
+    lengths, tables = (600, 30), torch.tensor([[4, 1, 3], [0, 0, 0]], dtype=torch.int32)
+    cos, sin = torch.rand(600, 16), torch.rand(600, 16)
+    qkv = [torch.randn(length, 8 * 16) for length in lengths]
+    outs = []
+    for candidate in (backend, oracle):
+        pool = PagePool(KVLayout(1, 2, 16, PAGE_SIZE, "float32", candidate.kv_order), 5)
+        for is_decode in (False, True):  # all but the last token, then the last
+            spans = [(n - 1, 1) if is_decode else (0, n - 1) for n in lengths]
+            positions = torch.cat([torch.arange(start, start + num) for start, num in spans])
+            owner = torch.repeat_interleave(torch.arange(2), torch.tensor([num for _, num in spans]))
+            kv_lens = torch.tensor([start + num for start, num in spans], dtype=torch.int32)
+            batch = PackedBatch(
+                input_ids_T=positions,
+                positions_T=positions,
+                slots_T=tables[owner, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE,
+                cu_seqlens_B1=torch.tensor([0, spans[0][1], spans[0][1] + spans[1][1]], dtype=torch.int32),
+                kv_lens_B=kv_lens,
+                block_tables_BP=tables,
+                logit_rows_R=positions[:0],
+                max_q_len=max(num for _, num in spans),
+                max_kv_len=int(kv_lens.max()),
+                pool=pool,
+                cos_TD=cos[positions],
+                sin_TD=sin[positions],
+            )
+            rows = torch.cat([x[start : start + num] for x, (start, num) in zip(qkv, spans, strict=True)])
+            outs.append(candidate.forward(rows, None, shape, batch).clone())
+    torch.testing.assert_close(outs[0], outs[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outs[1], outs[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "dim", "reason"),
+    [
+        ("torch_flash", "cpu", torch.bfloat16, 64, "not on cpu"),
+        ("torch_flash", "cuda", torch.float32, 64, "float32"),
+        ("torch_flash", "cuda", torch.bfloat16, 260, "260"),
+    ],
+)
+def test_flash_says_why_it_cannot_run(name, device, dtype, dim, reason):
+    assert reason in ATTENTION.get(name).unsupported(torch.device(device), dtype, dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash_attn", "torch_flash"])
+def test_kernels_equal_the_reference_on_a_gpu(name):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    backend_class = ATTENTION.get(name)
+    if reason := backend_class.unsupported(device, dtype, 64):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    shape = AttentionShape(0, 8, 2, 64, 0.125, None)
+    qkv = torch.randn(700, 12 * 64, device=device, dtype=dtype)
+    outs = []
+    for candidate in (backend_class(), TorchPagedAttention()):
+        pool = PagePool(KVLayout(1, 2, 64, PAGE_SIZE, "bfloat16", candidate.kv_order), 4, device=device)
+        positions = torch.arange(700, device=device)
+        table = torch.tensor([[2, 0, 3]], dtype=torch.int32, device=device)
+        batch = PackedBatch(
+            input_ids_T=positions,
+            positions_T=positions,
+            slots_T=table[0, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE,
+            cu_seqlens_B1=torch.tensor([0, 700], dtype=torch.int32, device=device),
+            kv_lens_B=torch.tensor([700], dtype=torch.int32, device=device),
+            block_tables_BP=table,
+            logit_rows_R=positions[:0],
+            max_q_len=700,
+            max_kv_len=700,
+            pool=pool,
+            cos_TD=torch.ones(700, 64, device=device),
+            sin_TD=torch.zeros(700, 64, device=device),
+        )
+        outs.append(candidate.forward(qkv, None, shape, batch).float())
+    assert (outs[0] - outs[1]).abs().max() < 3e-2
