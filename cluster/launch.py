@@ -19,6 +19,11 @@ class StopRequest(BaseException):
     """SIGINT or SIGTERM came; not an error."""
 
 
+class ForcedStop(KeyboardInterrupt):
+    """A second signal came. A ``KeyboardInterrupt`` itself that passes through ``exec`` of a text, as imports do, makes
+    CPython end with SIGINT instead of the exit code, although it was caught."""
+
+
 def serve(config: ServeConfig) -> int:
     """Serve until a signal comes; returns the exit code."""
     config, model = check(config)
@@ -33,7 +38,7 @@ def serve(config: ServeConfig) -> int:
             logger.warning("forced to stop")
             for each, handler in previous.items():
                 signal.signal(each, handler)
-            raise KeyboardInterrupt
+            raise ForcedStop
         logger.info("%s: stopping", signal.Signals(number).name)
         stop.set()
         raise StopRequest
@@ -58,6 +63,9 @@ def serve(config: ServeConfig) -> int:
         except KeyboardInterrupt:
             deployment.kill()
             raise
+        finally:
+            for number in previous:
+                signal.signal(number, signal.SIG_IGN)  # nothing is left to stop: the exit code stands
         if was_asked:
             logger.info("stopped")
 

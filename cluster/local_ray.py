@@ -6,6 +6,7 @@ start sweeps, while its processes end by themselves: Ray's daemons follow their 
 """
 
 import atexit
+import ctypes
 import fcntl
 import logging
 import os
@@ -13,6 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +33,7 @@ TEMP_ROOT = Path("/tmp")  # short: Unix socket names are
 _TEMP_NAME = re.compile(r"longctx-ray-(\d+)-\w+")
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Where workers share cores, idle threads of one must not take them from the next one: a short spin, then sleep.
 THREAD_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 QUIET_ENV = {
@@ -57,7 +60,6 @@ class RaySession:
         self._env = QUIET_ENV | (THREAD_ENV if shares_cores else {}) | (LEAN_ENV if config.address is None else {})
         self._temp_dir: Path | None = None
         self._temp_lock = -1  # held as long as this process lives
-        self._processes: set[psutil.Process] = set()
 
     @property
     def is_local(self) -> bool:
@@ -101,32 +103,26 @@ class RaySession:
         """Disconnect; a local Ray is stopped, and whatever of it does not go is killed."""
         import ray
 
-        self._note_processes()
         timeout_s = STOP_TIMEOUT_S if ray.is_initialized() else 0.0  # what did not start has nothing to end in peace
         ray.shutdown()
         self._remove(timeout_s=timeout_s)
 
     def kill(self) -> None:
         """Stop a local Ray at once, also when ``stop`` was interrupted."""
-        self._note_processes()
         self._remove(timeout_s=0.0)
-
-    def _note_processes(self) -> None:
-        """Remember every process of the local Ray: workers are children of its raylet, as long as that lives."""
-        if self._temp_dir is not None:
-            self._processes |= set(psutil.Process().children(recursive=True))
 
     def _remove(self, *, timeout_s: float) -> None:
         if self._temp_dir is None:
             return
-        _, left = psutil.wait_procs(self._processes, timeout_s)
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                if timeout_s:
-                    logger.warning("killing %s (pid %d), which did not stop", process.name(), process.pid)
-                process.kill()
-        if left:
-            psutil.wait_procs(left, KILL_TIMEOUT_S)
+        if left := _wait_for_descendants(timeout_s):
+            deadline = time.monotonic() + KILL_TIMEOUT_S
+            while left and time.monotonic() < deadline:
+                for process in left:
+                    with suppress(psutil.NoSuchProcess):
+                        if timeout_s:
+                            logger.warning("killing %s (pid %d), which did not stop", process.name(), process.pid)
+                        process.kill()
+                left = _wait_for_descendants(0.2)
             from memory.segment import sweep  # imports torch, which this process does without otherwise
 
             sweep()
@@ -140,6 +136,8 @@ class RaySession:
         import ray
 
         _sweep()
+        # What a dying raylet had just started becomes our child, not init's: nothing of it is out of sight in the end.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._temp_dir = Path(tempfile.mkdtemp(prefix=f"longctx-ray-{os.getpid()}-", dir=TEMP_ROOT))
         self._temp_lock = os.open(self._temp_dir, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(self._temp_lock, fcntl.LOCK_EX)
@@ -153,6 +151,16 @@ class RaySession:
             log_to_driver=True,
             _temp_dir=str(self._temp_dir),
         )
+
+
+def _wait_for_descendants(timeout_s: float) -> list[psutil.Process]:
+    """Reap what ends within ``timeout_s`` of the processes below this one; returns those that are left."""
+    deadline = time.monotonic() + timeout_s
+    while left := psutil.Process().children(recursive=True):
+        if time.monotonic() >= deadline:
+            break
+        psutil.wait_procs(left, min(0.2, max(0.0, deadline - time.monotonic())))
+    return left
 
 
 @contextmanager

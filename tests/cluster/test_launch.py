@@ -75,7 +75,8 @@ def test_signals(tmp_path, when, numbers, codes):
         for number in numbers:
             server.process.send_signal(number)
             time.sleep(0.5)
-        assert server.process.wait(60) in codes, server.output()
+        code = server.process.wait(60)
+        assert code in codes, server.output()
         if signal.SIGKILL not in numbers:
             check_nothing_is_left(server)
             assert "Traceback" not in server.output()
