@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.config import ServeConfig
 from cluster.local_ray import THREAD_ENV, RaySession
-from cluster.preflight import check_port
+from cluster.port import check_port
 from cluster.serving import ServedModel
 from longctx.errors import ConfigError, LongctxError
 
@@ -102,7 +102,7 @@ class Deployment:
         self._host = {"0.0.0.0": "127.0.0.1" if is_here else head, "::": "::1" if is_here else head}.get(
             server.host, server.host
         )
-        app = ServeApp(self._config)
+        app = ServeApp(self._config, has_proxy=not self._session.is_local)
         app.join()
         if is_here and not self._session.is_local and not app.found_serve:
             check_port(server)

@@ -1,6 +1,6 @@
 """The HTTP endpoint: the part of the OpenAI API that generates text, health, metrics and status.
 
-An ordinary ASGI application: Ray Serve runs it in a cluster (`cluster/serve_app.py`), uvicorn in one process. Left out:
+An ordinary ASGI application: a replica of Ray Serve runs it (`cluster/serve_app.py`), uvicorn in one process. Left out:
 CORS, TLS (a proxy's business), and the parts of the API that need tools, images or stored conversations.
 """
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
-import socket
 
 import psutil
 
 from cluster.auth import load_keys
-from cluster.config import ServeConfig, ServerConfig
+from cluster.config import ServeConfig
+from cluster.port import check_port
 from cluster.serving import ServedModel, describe_model
 from longctx.engine.config import parse_budget
 from longctx.errors import ConfigError
@@ -32,20 +32,6 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 
     load_tokenizer(spec, config.model.chat_template)
     return config, model
-
-
-def check_port(server: ServerConfig) -> None:
-    """Raise ``ConfigError`` if this machine cannot listen on ``server.host`` and ``server.port``."""
-    with socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((server.host, server.port))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(
-                f"server.host={server.host} server.port={server.port} cannot be listened on: {reason}; "
-                "choose another, as server.port=8001"
-            ) from None
 
 
 def _check_memory(config: ServeConfig) -> None:

@@ -1,4 +1,8 @@
-"""The endpoint on Ray Serve: one replica that holds the router, behind Serve's HTTP proxy."""
+"""The endpoint on Ray Serve: one replica that holds the router.
+
+In a Ray of our own the replica listens itself: Serve places it, watches it and restarts it, and no token passes another
+process on its way out. In a cluster that was joined, Serve's HTTP proxy listens, as it does for the other applications.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,8 +13,9 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from starlette.applications import Starlette
 
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, ServerConfig
 from cluster.endpoint import make_app
+from cluster.listener import ENDING_S, Listener
 from cluster.ray_handle import find_worker
 from cluster.router import Router
 from cluster.serving import ServedModel
@@ -25,10 +30,16 @@ SERVE_TIMEOUT_S = 30.0
 
 
 class ServeApp:
-    """The endpoint of one deployment, in the Serve of the Ray that this process is connected to."""
+    """The endpoint of one deployment, in the Serve of the Ray that this process is connected to.
 
-    def __init__(self, config: ServeConfig) -> None:
+    Args:
+        config: the deployment's.
+        has_proxy: requests come through Serve's proxy.
+    """
+
+    def __init__(self, config: ServeConfig, *, has_proxy: bool) -> None:
         self._config = config
+        self._has_proxy = has_proxy
         self._name = config.ray.namespace
         self._owns_serve = True  # nobody else used Serve before us
         self._is_deployed = False
@@ -52,7 +63,7 @@ class ServeApp:
         self._owns_serve = set(serve.status().applications) == {self._name}  # left by one that was killed
 
     def deploy(self, model: ServedModel, workers: Sequence[tuple[str, str]]) -> None:
-        """Start Serve's proxy on ``server.host:server.port`` and the endpoint behind it; returns when it answers.
+        """Start Serve and the endpoint on ``server.host:server.port``; returns when it answers.
 
         Args:
             model: how clients see it.
@@ -61,19 +72,25 @@ class ServeApp:
         self._is_deployed = True
         server = self._config.server
         options = HTTPOptions(host=server.host, port=server.port)
-        serve.start(proxy_location="HeadOnly", http_options=options, logging_config={"log_level": "WARNING"})
+        location = "HeadOnly" if self._has_proxy else "Disabled"
+        serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
         deployment = serve.deployment(
             name="endpoint",
             num_replicas=1,
             max_ongoing_requests=MAX_ONGOING,
             ray_actor_options={"num_cpus": 0},
-            graceful_shutdown_timeout_s=GRACE_S,
+            graceful_shutdown_timeout_s=GRACE_S + ENDING_S,
             graceful_shutdown_wait_loop_s=0.2,
             health_check_period_s=HEALTH_PERIOD_S,
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        endpoint: Any = deployment(serve.ingress(_make_builder(self._config, model, workers))(_Endpoint))
-        serve.run(endpoint.bind(), name=self._name, route_prefix="/")
+        build = _make_builder(self._config, model, workers)
+        if self._has_proxy:
+            behind: Any = deployment(serve.ingress(build)(_BehindProxy))
+            serve.run(behind.bind(), name=self._name, route_prefix="/")
+        else:
+            listening: Any = deployment(_Listening)
+            serve.run(listening.bind(build, self._config.server), name=self._name, route_prefix=None)
 
     def withdraw(self) -> None:
         """End the endpoint if it was begun, and Serve with it unless others use it."""
@@ -85,8 +102,22 @@ class ServeApp:
             serve.shutdown()
 
 
-class _Endpoint:
+class _BehindProxy:
     """What Serve wraps; the application is all of it."""
+
+
+class _Listening:
+    """A replica that listens itself. Serve waits for the constructor, asks for its health and calls ``__del__``."""
+
+    async def __init__(self, build: Callable[[], Starlette], server: ServerConfig) -> None:
+        self._listener = Listener(build(), server, grace_s=GRACE_S)
+        await self._listener.start()
+
+    async def check_health(self) -> None:
+        self._listener.check()
+
+    async def __del__(self) -> None:
+        await self._listener.stop()
 
 
 def _make_builder(

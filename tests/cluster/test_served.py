@@ -1,4 +1,4 @@
-"""The endpoint behind Ray Serve's proxy, where ASGI tests do not reach: clients that leave, workers that are killed."""
+"""The endpoint as a Ray Serve replica, where ASGI tests do not reach: clients that leave, processes that are killed."""
 
 import concurrent.futures
 import json
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from openai import AuthenticationError, OpenAI
 
@@ -59,7 +60,7 @@ def test_chat_with_the_stock_client(idle, stream):
 
 
 def test_tokens_come_one_by_one(idle):
-    """Serve's proxy passes events on as they come, not at the end."""
+    """Events are sent as they come, not at the end."""
     times = []
     fields = {"model": "demo", "prompt": "import ", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", idle.url + COMPLETIONS, json=fields, headers=idle.headers, timeout=120) as response:
@@ -107,7 +108,7 @@ def test_parallel_requests_do_not_mix(idle):
     ],
     ids=["json", "utf-8", "model", "empty", "temperature", "token id", "too large"],
 )
-def test_refusals_pass_the_proxy(idle, content, status, param, code):
+def test_refusals(idle, content, status, param, code):
     response = httpx.post(idle.url + COMPLETIONS, content=content, headers=idle.headers, timeout=60)
     check_error(response, status, param=param, code=code)
 
@@ -124,7 +125,7 @@ def test_keys_are_asked_for(idle):
     ("prompt", "busy"), [(LONG, "prefill-0"), ("import ", "decode-0")], ids=["while prefilling", "while decoding"]
 )
 def test_a_client_that_leaves_costs_nothing(idle, prompt, busy, stream):
-    """Through the proxy too, its pages are free at once: left alone, either request would go on for much longer."""
+    """Its pages are free at once: left alone, either request would go on for much longer."""
     fields = {"model": "demo", "prompt": f"# {time.time()}\n{prompt}", "max_tokens": 2000, "ignore_eos": True}
     body = json.dumps(fields | {"stream": stream}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {idle.key}\r\ncontent-length: {len(body)}"
@@ -166,3 +167,18 @@ def test_a_killed_worker_is_replaced(idle, name):
         assert not any("server_error" in response.text for response in responses)
     wait_until(lambda: idle.worker(name)["alive"] and idle.worker(name)["pid"] != victim, 120, idle.output)
     assert idle.post(COMPLETIONS, prompt=DOCUMENT[:2000], max_tokens=4).status_code == 200
+
+
+def test_a_killed_endpoint_is_replaced(idle):
+    """Serve starts it again; the workers, which go on, give up what was asked before."""
+    processes = psutil.Process(idle.process.pid).children(recursive=True)
+    (victim,) = (each for each in processes if "ServeReplica" in " ".join(each.cmdline()))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(idle.post, COMPLETIONS, prompt="import ", max_tokens=2000, ignore_eos=True)
+        wait_until(lambda: idle.worker("decode-0")["engine"]["num_running"], 30, idle.status)
+        victim.kill()
+        with pytest.raises(httpx.TransportError):
+            asking.result()
+    idle.wait_until_ready()
+    wait_until(idle.is_idle, 30, idle.status)
+    assert idle.post(COMPLETIONS, prompt="import ", max_tokens=4).status_code == 200
