@@ -81,3 +81,12 @@ class StatusConfig:
 
     server: ServerConfig = field(default_factory=ServerConfig)
     json: bool = option(False, "print JSON instead of a table")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLinksConfig:
+    """Everything ``longctx plan links`` takes."""
+
+    ray: RayConfig = field(default_factory=RayConfig)
+    world_size: int = option(4, "ranks to measure, spread over the cluster's nodes", minimum=2)
+    file: str = option("links.json", "where the link model is written")

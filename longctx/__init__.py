@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from longctx.llm import LLM
     from longctx.messages import SamplingParams
     from parallel.attention import sequence_parallel_attention, token_ring_attention
-    from parallel.layout import shard_sequence, unshard_sequence
+    from parallel.shard import shard_sequence, unshard_sequence
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,9 +27,9 @@ _LAZY = {
     "LLM": "longctx.llm",
     "SamplingParams": "longctx.messages",
     "sequence_parallel_attention": "parallel.attention",
-    "shard_sequence": "parallel.layout",
+    "shard_sequence": "parallel.shard",
     "token_ring_attention": "parallel.attention",
-    "unshard_sequence": "parallel.layout",
+    "unshard_sequence": "parallel.shard",
 }
 
 

@@ -160,8 +160,8 @@ def _build(kind: type[T], values: dict[str, Any], prefix: str) -> T:
             arguments[name] = _build(group, value or {}, f"{prefix}{name}.")
             continue
         arguments[name] = _convert(value, hints[name], prefix + name, fields[name])
-    config = kind(**arguments)
     try:
+        config = kind(**arguments)
         check(config, prefix)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -174,8 +174,12 @@ def _convert(value: Any, hint: Any, key: str, field: dataclasses.Field[Any]) -> 
             if value is None:
                 return None
         elif get_origin(kind) is list:
-            if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-                return [str(item) for item in value]
+            (item_kind,) = get_args(kind)
+            taken = str | int | float if item_kind is str else item_kind
+            if isinstance(value, list) and all(
+                isinstance(item, taken) and not isinstance(item, bool) for item in value
+            ):
+                return [item_kind(item) for item in value]
         elif kind is str:
             if isinstance(value, bool) and str(value).lower() in (field.metadata.get("choices") or ()):
                 return str(value).lower()  # of auto, true, false
@@ -204,7 +208,7 @@ def _type_text(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_type_text(kind) for kind in get_args(hint))
     if get_origin(hint) is list:
-        return "a list, as [a,b]"
+        return "a list, as [a,b]" if get_args(hint) == (str,) else "a list of whole numbers, as [4,2]"
     return names.get(hint, str(hint))
 
 

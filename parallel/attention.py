@@ -8,8 +8,10 @@ Legend: B batch, S this rank's queries, L this rank's keys, H query heads, K KV 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +19,14 @@ import torch.distributed as dist
 
 from parallel.carrier import Carrier, ExchangeError, GroupCarrier, drive
 from parallel.exchange import Backward, Forward
-from parallel.layout import LAYOUTS, check_cu_seqlens, count_tokens, join_layouts, make_layout
+from parallel.layout import LAYOUTS
 from parallel.links import LinkModel
 from parallel.mask import Mask
-from parallel.plan import Plan, Problem
+from parallel.plan import Plan, Problem, make_problem
 from parallel.planner import make_plan
 from parallel.plans import PLANS
 from parallel.tile_attention import TileKernel, choose_kernel
+from parallel.trace import Trace
 
 TIMEOUT_S = 120.0
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +48,7 @@ def sequence_parallel_attention(
     num_nodes: int = 1,
     links: LinkModel | None = None,
     timeout_s: float = TIMEOUT_S,
+    trace: str | Path | None = None,
 ) -> Any:
     """Softmax attention of this rank's queries to every rank's keys, differentiable in q, k and v. Collective.
 
@@ -65,6 +69,8 @@ def sequence_parallel_attention(
         num_nodes: nodes that the ranks are spread over in order, for ``hybrid`` and ``ulysses_ring``.
         links: what ``auto`` weighs plans by, the same on every rank; None: ``LinkModel()``, a fast switch.
         timeout_s: seconds to wait for a peer.
+        trace: folder that gets a ``rank-R.json`` of what was computed and carried when, forward and backward, for
+            Chrome's or Perfetto's viewer; CPU tensors only.
 
     Returns:
         ``[batch, seq_local, num_heads, head_dim]`` in q's dtype; with ``return_lse`` a pair.
@@ -78,7 +84,8 @@ def sequence_parallel_attention(
     carrier = GroupCarrier(group)
     problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), timeout_s))
     exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled())
-    run = _Run(exchange_plan, carrier, choose_kernel(q.device), scale or q.shape[-1] ** -0.5, timeout_s)
+    folder = None if trace is None else Path(trace)
+    run = _Run(exchange_plan, carrier, choose_kernel(q.device), scale or q.shape[-1] ** -0.5, timeout_s, folder)
     out, lse = _Attention.apply(q, k, v, run)
     return (out, lse.transpose(1, 2)) if return_lse else out
 
@@ -132,24 +139,26 @@ class _Choices:
 
     def make_problem(self, q: torch.Tensor, lengths: Sequence[tuple[int, int, int]]) -> Problem:
         """From every rank's numbers of queries and keys. Raises ``ValueError`` if they are not the layout's."""
-        world_size = len(lengths)
         num_q, num_kv = sum(own[0] for own in lengths), sum(own[1] for own in lengths)
-        if num_kv < num_q:
-            raise ValueError(f"{num_q} queries and {num_kv} keys over all ranks are not allowed: at least as many keys")
-        bounds, prefix = check_cu_seqlens(self.cu_seqlens, num_kv), num_kv - num_q
-        q_layout = make_layout(self.layout, num_q, world_size, cu_seqlens=bounds, offset=prefix)
-        before = None if bounds is None else tuple(min(bound, prefix) for bound in bounds)
-        kv_layout = join_layouts([make_layout(self.layout, prefix, world_size, cu_seqlens=before), q_layout])
-        for name, index, spans in (("queries", 0, q_layout), ("keys", 1, kv_layout)):
-            wanted, given = [count_tokens(own) for own in spans], [own[index] for own in lengths]
+        problem = make_problem(
+            Mask(self.causal, self.window, self.cu_seqlens),
+            num_q,
+            num_kv,
+            (q.shape[2], lengths[0][2], q.shape[3]),
+            world_size=len(lengths),
+            layout=self.layout,
+            batch_size=q.shape[0],
+            element_size=q.element_size(),
+            num_nodes=self.num_nodes,
+        )
+        for name, index, wanted in (("queries", 0, problem.num_q), ("keys", 1, problem.num_kv)):
+            given = tuple(own[index] for own in lengths)
             if wanted != given:
                 raise ValueError(
-                    f"the ranks hold {given} {name}; {self.layout} over {sum(given)} tokens and {world_size} ranks "
-                    f"gives them {wanted}: cut sequences with shard_sequence"
+                    f"the ranks hold {list(given)} {name}; {self.layout} over {sum(given)} tokens and {len(given)} "
+                    f"ranks gives them {list(wanted)}: cut sequences with shard_sequence"
                 )
-        mask, num_kv_heads = Mask(self.causal, self.window, bounds), lengths[0][2]
-        sizes = (q.shape[2], num_kv_heads, q.shape[3], q.shape[0], q.element_size())
-        return Problem(mask, q_layout, kv_layout, *sizes, self.num_nodes)
+        return problem
 
 
 def _agree(
@@ -191,6 +200,17 @@ class _Run:
     kernel: TileKernel
     scale: float
     timeout_s: float
+    trace: Path | None
+
+    @contextmanager
+    def watch(self, name: str) -> Iterator[tuple[Carrier, TileKernel]]:
+        """Carrier and kernel for one direction; with a trace, what they do is written when it has ended well."""
+        if self.trace is None:
+            yield self.carrier, self.kernel
+            return
+        trace = Trace(self.trace, self.plan, self.carrier.rank, name, self.timeout_s)
+        yield trace.watch_carrier(self.carrier), trace.watch_kernel(self.kernel)
+        trace.save()
 
 
 class _Attention(torch.autograd.Function):
@@ -199,8 +219,9 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: _Run
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rank = run.carrier.rank
-        forward = Forward(run.plan, rank, run.carrier, run.kernel, q, k, v, run.scale)
-        drive(forward.run(), rank, run.timeout_s)
+        with run.watch("forward") as (carrier, kernel):
+            forward = Forward(run.plan, rank, carrier, kernel, q, k, v, run.scale)
+            drive(forward.run(), rank, run.timeout_s)
         ctx.save_for_backward(q, k, v, forward.out, forward.lse)
         ctx.run = run
         ctx.mark_non_differentiable(forward.lse)
@@ -212,6 +233,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = grad_outputs[0].contiguous()
         delta = (dout.to(out.dtype) * out).sum(-1)
-        backward = Backward(run.plan, rank, run.carrier, run.kernel, q, k, v, dout, lse, delta, run.scale)
-        drive(backward.run(), rank, run.timeout_s)
+        with run.watch("backward") as (carrier, kernel):
+            backward = Backward(run.plan, rank, carrier, kernel, q, k, v, dout, lse, delta, run.scale)
+            drive(backward.run(), rank, run.timeout_s)
         return backward.dq.to(q.dtype), backward.dk.to(k.dtype), backward.dv.to(v.dtype), None

@@ -3,14 +3,13 @@
 A layout is pure arithmetic: per rank a tuple of spans, arithmetic progressions of global token indices. Contiguous;
 zigzag (rank r holds chunks r and 2W-1-r of 2W, which balances a causal mask); striped after Striped Attention (arXiv
 2311.09431); balanced for packed documents: each rank gets the same unmasked area and, where documents are short, whole
-documents.
+documents. No torch here: ``parallel/shard.py`` cuts tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-import torch
+from typing import Any
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
 
@@ -68,77 +67,11 @@ def count_tokens(spans: Sequence[Span]) -> int:
     return sum(len(span) for span in spans)
 
 
-def token_positions(spans: Sequence[Span]) -> torch.Tensor:
-    """Global indices of a rank's tokens in local order, int64 ``[seq_local]``."""
-    parts = [torch.arange(span.start, span.stop, span.step) for span in spans]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def shard_sequence(
-    x: torch.Tensor,
-    dim: int,
-    *,
-    rank: int,
-    world_size: int,
-    layout: str = "zigzag",
-    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank's part of a whole sequence, and where its tokens stood.
-
-    Args:
-        x: any tensor whose ``dim`` is the global sequence.
-        dim: the dimension to cut; may be negative.
-        rank, world_size: whose part.
-        layout: ``contiguous``, ``zigzag``, ``striped`` or ``balanced``.
-        cu_seqlens: ``[num_documents + 1]`` boundaries, for ``balanced``.
-
-    Returns:
-        The part, contiguous, and its global positions, int64 ``[seq_local]`` on the device of ``x``.
-
-    Raises:
-        ValueError: for an unknown layout, a rank outside the group or boundaries that do not fit ``x``.
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} is not allowed: 0 to world_size - 1 = {world_size - 1}")
-    bounds = check_cu_seqlens(cu_seqlens, x.shape[dim])
-    spans = make_layout(layout, x.shape[dim], world_size, cu_seqlens=bounds)[rank]
-    positions = token_positions(spans).to(x.device)
-    return x.index_select(dim, positions), positions
-
-
-def unshard_sequence(
-    shards: Sequence[torch.Tensor],
-    dim: int,
-    *,
-    layout: str = "zigzag",
-    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The whole sequence from all ranks' parts, in rank order: the inverse of ``shard_sequence``.
-
-    Raises:
-        ValueError: for an unknown layout or parts that are not those of this layout.
-    """
-    length = sum(shard.shape[dim] for shard in shards)
-    bounds = check_cu_seqlens(cu_seqlens, length)
-    spans = make_layout(layout, length, len(shards), cu_seqlens=bounds)
-    for rank, (shard, own) in enumerate(zip(shards, spans, strict=True)):
-        if shard.shape[dim] != count_tokens(own):
-            raise ValueError(
-                f"rank {rank}'s part has {shard.shape[dim]} tokens; {layout} over {length} tokens and "
-                f"{len(shards)} ranks gives it {count_tokens(own)}"
-            )
-    joined = torch.cat(list(shards), dim)
-    positions = torch.cat([token_positions(own) for own in spans]).to(joined.device)
-    return torch.empty_like(joined).index_copy_(dim, positions, joined)
-
-
-def check_cu_seqlens(cu_seqlens: Sequence[int] | torch.Tensor | None, length: int) -> tuple[int, ...] | None:
+def check_cu_seqlens(cu_seqlens: Iterable[Any] | None, length: int) -> tuple[int, ...] | None:
     """Document boundaries as integers; ``ValueError`` unless they rise from 0 to ``length``."""
     if cu_seqlens is None:
         return None
-    bounds = tuple(
-        int(bound) for bound in (cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)
-    )
+    bounds = tuple(int(bound) for bound in cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
         shown = f"[{', '.join(map(str, bounds[:3]))}, ...]" if len(bounds) > 4 else str(list(bounds))
         raise ValueError(f"cu_seqlens={shown} is not allowed: it rises from 0 to the sequence's length, {length}")

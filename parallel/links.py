@@ -4,35 +4,28 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from parallel.option import check, option
+
 TOPOLOGIES = ("switch", "mesh")
 
 
 @dataclass(frozen=True, slots=True)
 class LinkModel:
-    """Links of one group, each way at once at full speed.
+    """Links of one group, each way at once at full speed. Raises ``ValueError`` for a value that is not allowed.
 
-    Args:
-        topology: ``switch``: all that a rank sends shares one port, and so does all that it receives; ``mesh``: every
-            pair of ranks has a link of its own.
-        bytes_per_s: of a port or a link, within a node.
-        latency_s: of a message.
-        node_bytes_per_s, node_latency_s: the same between nodes; 0: as within one.
-        flops_per_s: floating-point operations of attention that a rank computes.
+    At a ``switch``, all that a rank sends shares one port, and so does all that it receives; in a ``mesh`` every pair
+    of ranks has a link of its own.
     """
 
-    topology: str = "switch"
-    bytes_per_s: float = 50e9
-    latency_s: float = 20e-6
-    node_bytes_per_s: float = 0.0
-    node_latency_s: float = 0.0
-    flops_per_s: float = 400e12
+    topology: str = option("switch", "whether a rank's links share a port", choices=TOPOLOGIES)
+    bytes_per_s: float = option(50e9, "bytes a second of a port or a link, within a node", above=0)
+    latency_s: float = option(20e-6, "seconds until a message's first byte arrives", minimum=0)
+    node_bytes_per_s: float = option(0.0, "bytes a second between nodes; 0: as within one", minimum=0)
+    node_latency_s: float = option(0.0, "latency between nodes; 0: as within one", minimum=0)
+    flops_per_s: float = option(400e12, "floating-point operations of attention a second, of one rank", above=0)
 
     def __post_init__(self) -> None:
-        if self.topology not in TOPOLOGIES:
-            raise ValueError(f"topology={self.topology!r} is not allowed: one of {', '.join(TOPOLOGIES)}")
-        for name in ("bytes_per_s", "flops_per_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: above 0")
+        check(self, "links.")
 
     def seconds(self, num_bytes: int, *, between_nodes: bool) -> float:
         """How long a message takes on an empty link, without its latency."""

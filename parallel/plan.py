@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from parallel.layout import Layout, count_tokens
+from parallel.layout import Layout, check_cu_seqlens, count_tokens, join_layouts, make_layout
 from parallel.mask import Mask, Tile, make_tiles
 
 Rows = tuple[tuple[int, int], ...]  # ranges of a rank's local rows, rising, apart from each other
@@ -91,6 +91,42 @@ class Problem:
     @cached_property
     def _tiles(self) -> list[list[tuple[Tile, ...]]]:
         return [[make_tiles(self.mask, q, kv) for kv in self.kv_layout] for q in self.q_layout]
+
+
+def make_problem(
+    mask: Mask,
+    num_q: int,
+    num_kv: int,
+    heads: tuple[int, int, int],
+    *,
+    world_size: int,
+    layout: str = "zigzag",
+    batch_size: int = 1,
+    element_size: int = 4,
+    num_nodes: int = 1,
+) -> Problem:
+    """``num_q`` queries at the end of ``num_kv`` keys; a rank's keys are its part of the prefix, then its queries'.
+
+    Args:
+        mask: over the keys' positions.
+        num_q, num_kv: over all ranks.
+        heads: query heads, KV heads, head dim.
+        world_size: ranks.
+        layout: a name of ``parallel.layout.LAYOUTS``.
+        batch_size, element_size, num_nodes: see ``Problem``.
+
+    Raises:
+        ValueError: for numbers that do not go together.
+    """
+    if num_kv < num_q:
+        raise ValueError(f"{num_q} queries and {num_kv} keys over all ranks are not allowed: at least as many keys")
+    if heads[0] % heads[1]:
+        raise ValueError(f"{heads[0]} query heads and {heads[1]} KV heads are not allowed: a multiple")
+    prefix, bounds = num_kv - num_q, check_cu_seqlens(mask.cu_seqlens, num_kv)
+    q_layout = make_layout(layout, num_q, world_size, cu_seqlens=bounds, offset=prefix)
+    before = None if bounds is None else [min(bound, prefix) for bound in bounds]
+    kv_layout = join_layouts([make_layout(layout, prefix, world_size, cu_seqlens=before), q_layout])
+    return Problem(mask, q_layout, kv_layout, *heads, batch_size, element_size, num_nodes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,18 @@ class Command:
     """One command.
 
     ``root`` is the dataclass of its configuration, ``entry`` a function of such an object that returns the exit code.
-    The primary YAML is ``configs/<name>.yaml``.
+    A name may be two words. The primary YAML is ``configs/<name>.yaml``, with ``_`` between words.
     """
 
     name: str
     comment: str
     root: str
     entry: str
+
+    @property
+    def config_name(self) -> str:
+        """Of the primary YAML."""
+        return self.name.replace(" ", "_")
 
 
 COMMANDS = {
@@ -39,6 +44,18 @@ COMMANDS = {
             "show what runs where: workers, pages, queue",
             "cluster.config:StatusConfig",
             "cluster.status:status",
+        ),
+        Command(
+            "plan attention",
+            "show what each exchange plan of a sequence parallel attention moves, and how long it takes",
+            "longctx.cli.plan_config:PlanAttentionConfig",
+            "longctx.cli.plan:plan_attention",
+        ),
+        Command(
+            "plan links",
+            "measure how fast ranks of a Ray cluster reach each other, for the plans",
+            "cluster.config:PlanLinksConfig",
+            "cluster.plan_links:plan_links",
         ),
     )
 }

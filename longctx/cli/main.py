@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 import longctx
-from longctx.cli.commands import COMMANDS, load
+from longctx.cli.commands import COMMANDS, Command, load
 from longctx.cli.help import describe_commands, describe_keys
 from longctx.config import compose
 from longctx.errors import CheckpointError, ConfigError, LongctxError
@@ -44,22 +44,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    name, rest = words[0], words[1:]
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"command {name!r} is unknown{hint}; allowed: {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
+    command, rest = _find_command(words)
     if any(word in ("-h", "--help") for word in rest):
         print(describe_keys(command))
         return 0
     rest, config_dir = _take_config_dir(rest)
-    config = compose(load(command.root), name, rest, config_dir=config_dir)
+    config = compose(load(command.root), command.config_name, rest, config_dir=config_dir)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our worker processes do not mix
     return load(command.entry)(config)
+
+
+def _find_command(words: list[str]) -> tuple[Command, list[str]]:
+    """The command that the first word or two name, and the words after it."""
+    for count in (2, 1):
+        if (command := COMMANDS.get(" ".join(words[:count]))) is not None:
+            return command, words[count:]
+    begun = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    name = " ".join(words[: 2 if begun else 1])
+    close = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"command {name!r} is unknown{hint}; allowed: {', '.join(begun or COMMANDS)}")
 
 
 def _take_config_dir(words: list[str]) -> tuple[list[str], Path | None]:

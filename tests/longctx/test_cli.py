@@ -42,6 +42,15 @@ def probe(*arguments):
         (("generate",), 2, ["generate.prompt"]),
         (("generate", "generate.prompt=a", "model.path=/absent"), 2, ["/absent"]),
         (("serve", "model.path=/absent"), 2, ["/absent"]),
+        (("plan",), 2, ["'plan' is unknown", "allowed: plan attention, plan links"]),
+        (("plan", "atention"), 2, ["'plan atention' is unknown", "did you mean plan attention?"]),
+        (("plan", "attention", "--help"), 0, ["num_cached_tokens", "links.bytes_per_s"]),
+        (("plan", "attention", "num_tokens=512"), 0, ["step by step", "token_ring", "auto takes"]),
+        (("plan", "attention", "plan=ring"), 2, ["plan='ring' is not allowed", "kv_ring"]),
+        (("plan", "attention", "documents=[3,x]"), 2, ["documents=[3, 'x'] is not allowed", "a list of whole numbers"]),
+        (("plan", "attention", "links.topology=ring"), 2, ["links.topology='ring' is not allowed", "switch, mesh"]),
+        (("plan", "links", "world_size=1"), 2, ["world_size=1 is not allowed: at least 2"]),
+        (("plan", "links", "file=/absent/links.json"), 2, ["there is no folder /absent"]),
     ],
 )
 def test_answers_without_loading_anything_heavy(arguments, code, words):

@@ -19,19 +19,20 @@ GROUP_OPTIONS = [
 
 @pytest.mark.parametrize("name", ROOTS)
 def test_every_command_composes_to_its_defaults_and_yaml(name):
-    config = compose(ROOTS[name], name, [])
+    config = compose(ROOTS[name], COMMANDS[name].config_name, [])
     assert type(config) is ROOTS[name]
 
 
 @pytest.mark.parametrize(("name", "group", "option"), GROUP_OPTIONS)
 def test_every_yaml_composes(name, group, option):
-    compose(ROOTS[name], name, [f"{group}={option}"])
+    compose(ROOTS[name], COMMANDS[name].config_name, [f"{group}={option}"])
 
 
 def test_every_yaml_belongs_to_a_command():
     known = {(group, option) for _, group, option in GROUP_OPTIONS}
     assert {(path.parent.name, path.stem) for path in CONFIG_FOLDER.glob("*/*.yaml")} == known
-    assert {path.stem for path in CONFIG_FOLDER.glob("*.yaml")} == set(COMMANDS)
+    names = {command.config_name for command in COMMANDS.values()}
+    assert {path.stem for path in CONFIG_FOLDER.glob("*.yaml")} == names
 
 
 def test_every_yaml_has_a_comment():

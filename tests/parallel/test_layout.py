@@ -6,8 +6,9 @@ from itertools import accumulate
 import pytest
 import torch
 
-from parallel.layout import LAYOUTS, count_tokens, make_layout, shard_sequence, token_positions, unshard_sequence
+from parallel.layout import LAYOUTS, count_tokens, make_layout
 from parallel.mask import Mask, make_tiles
+from parallel.shard import shard_sequence, token_positions, unshard_sequence
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from parallel.layout import LAYOUTS, join_layouts, make_layout, token_positions
+from parallel.layout import LAYOUTS, join_layouts, make_layout
 from parallel.mask import Mask, make_tiles
+from parallel.shard import token_positions
 from parallel.tile_attention import decompose
 from tests.parallel.dense_reference import visible_entries
 

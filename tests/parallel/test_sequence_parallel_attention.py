@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 import longctx
 from parallel.carrier import ExchangeError
-from parallel.layout import join_layouts, make_layout, token_positions
+from parallel.plan import make_problem
 from parallel.plans import PLANS
+from parallel.shard import token_positions
 from tests.parallel.cells import CELLS, Cell, relative_error
 from tests.parallel.dense_reference import dense_attention
 from tests.parallel.gloo_ranks import join_group, run_ranks
@@ -21,11 +22,9 @@ LAYOUT = {"packed": "balanced", "packed_window": "striped"}
 
 def local_rows(cell: Cell, layout: str, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's rows of the queries, and of the keys."""
-    prefix, bounds = cell.num_kv - cell.num_q, cell.mask.cu_seqlens
-    q_layout = make_layout(layout, cell.num_q, world_size, cu_seqlens=bounds, offset=prefix)
-    before = None if bounds is None else [min(bound, prefix) for bound in bounds]
-    kv_layout = join_layouts([make_layout(layout, prefix, world_size, cu_seqlens=before), q_layout])
-    return token_positions(q_layout[rank]) - prefix, token_positions(kv_layout[rank])
+    problem = make_problem(cell.mask, cell.num_q, cell.num_kv, (1, 1, 1), world_size=world_size, layout=layout)
+    rows, columns = (token_positions(spans[rank]) for spans in (problem.q_layout, problem.kv_layout))
+    return rows - (cell.num_kv - cell.num_q), columns
 
 
 def attend(cell: Cell, plan: str, rank: int, world_size: int, **more):

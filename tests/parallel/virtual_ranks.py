@@ -6,11 +6,11 @@ import torch
 
 from parallel.carrier import VirtualNetwork, drive_together
 from parallel.exchange import Backward, Forward
-from parallel.layout import join_layouts, make_layout, token_positions
 from parallel.links import LinkModel
 from parallel.mask import Mask
-from parallel.plan import Plan, Problem
+from parallel.plan import Plan, make_problem
 from parallel.planner import make_plan
+from parallel.shard import token_positions
 from parallel.tile_attention import choose_kernel
 
 
@@ -24,26 +24,6 @@ class Result:
     plan: Plan
     forward_bytes: dict[tuple[int, int], int]
     backward_bytes: dict[tuple[int, int], int]
-
-
-def make_problem(
-    mask: Mask,
-    num_q: int,
-    num_kv: int,
-    heads: tuple[int, int, int],
-    *,
-    world_size: int,
-    layout: str = "zigzag",
-    batch_size: int = 1,
-    element_size: int = 4,
-    num_nodes: int = 1,
-) -> Problem:
-    """The problem of ``num_q`` queries at the end of ``num_kv`` keys; ``heads``: query heads, KV heads, head dim."""
-    prefix, bounds = num_kv - num_q, mask.cu_seqlens
-    q_layout = make_layout(layout, num_q, world_size, cu_seqlens=bounds, offset=prefix)
-    before = None if bounds is None else [min(bound, prefix) for bound in bounds]
-    kv_layout = join_layouts([make_layout(layout, prefix, world_size, cu_seqlens=before), q_layout])
-    return Problem(mask, q_layout, kv_layout, *heads, batch_size, element_size, num_nodes)
 
 
 def run_virtual_ranks(

@@ -1,0 +1,180 @@
+"""Measures a group's link model: how fast its ranks reach each other, alone and all at once, and how fast they attend.
+
+Collective, and meant for a quiet group: what else runs on the links or the cores is measured along.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel.carrier import Carrier, GroupCarrier, Message
+from parallel.links import LinkModel
+from parallel.tile_attention import Block, choose_kernel
+
+ROUND_S = 0.25  # how long a transfer must take to be measured by
+FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 28
+NUM_PINGS = 20
+NUM_ROUNDS = 3
+TIMEOUT_S = 300.0
+ATTENTION_SHAPE = (1, 1024, 8, 64)  # [batch, seq, heads, head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A link model and what it was made from.
+
+    Args:
+        links: the model.
+        node_of: of each rank: ranks with equal names share a node.
+        bytes_per_s: rate from rank (row) to rank (column), 0 on the diagonal, each rank sending to one at a time.
+        all_at_once: what a rank sends a second to all others together, over what it sends to one.
+    """
+
+    links: LinkModel
+    node_of: tuple[str, ...]
+    bytes_per_s: tuple[tuple[float, ...], ...]
+    all_at_once: float
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, for ``num_nodes=``: 1 unless the ranks fill nodes of one size in order."""
+        nodes = list(dict.fromkeys(self.node_of))
+        size, rest = divmod(len(self.node_of), len(nodes))
+        in_order = self.node_of == tuple(node for node in nodes for _ in range(size))
+        return len(nodes) if not rest and in_order else 1
+
+
+def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.device | None = None) -> Measurement:
+    """Measure the links of ``group``; every rank gets the same answer.
+
+    Args:
+        group: the ranks; None is the default group.
+        node: name of this rank's machine.
+        device: where attention runs; None: the CPU.
+
+    Raises:
+        ValueError: for a group of one rank.
+    """
+    carrier = GroupCarrier(group)
+    if carrier.world_size < 2:
+        raise ValueError("a group of 1 rank is not allowed: links need 2")
+    place = device or torch.device("cpu")
+    node_of = tuple(bytes(numbers).rstrip(b"\0").decode(errors="replace") for numbers in _share_name(carrier, node))
+    num_bytes = _choose_size(carrier, place)
+    shifts = [_Shift(carrier, place, shift) for shift in range(1, carrier.world_size)]
+    seconds = _gather(carrier, [_median(shift.seconds(num_bytes) for _ in range(NUM_ROUNDS)) for shift in shifts])
+    latencies = _gather(carrier, [_median(shift.seconds(1) for _ in range(NUM_PINGS)) for shift in shifts])
+    together = _gather(carrier, [_median(_send_to_all(carrier, place, num_bytes) for _ in range(NUM_ROUNDS))])
+    attention = _gather(carrier, [_measure_attention(place)])
+    ratio = _median(sum(alone) / whole for alone, (whole,) in zip(seconds, together, strict=True))
+    within, between = (_median(values) if values else 0.0 for values in _split(seconds, node_of))
+    latency_within, latency_between = (_median(values) if values else 0.0 for values in _split(latencies, node_of))
+    links = LinkModel(
+        topology="mesh" if carrier.world_size > 2 and ratio > carrier.world_size / 2 else "switch",
+        bytes_per_s=num_bytes / (within or between),
+        latency_s=latency_within or latency_between,
+        node_bytes_per_s=num_bytes / between if within and between else 0.0,
+        node_latency_s=latency_between if latency_within else 0.0,
+        flops_per_s=_attention_flops() / _median(own for (own,) in attention),
+    )
+    size = carrier.world_size
+    matrix = tuple(
+        tuple(num_bytes / seconds[rank][(peer - rank) % size - 1] if peer != rank else 0.0 for peer in range(size))
+        for rank in range(size)
+    )
+    return Measurement(links, node_of, matrix, ratio)
+
+
+class _Shift:
+    """Every rank sends to the one ``shift`` behind it, and receives from the one before."""
+
+    def __init__(self, carrier: Carrier, device: torch.device, shift: int) -> None:
+        self._carrier, self._device = carrier, device
+        self._to = (carrier.rank + shift) % carrier.world_size
+        self._source = (carrier.rank - shift) % carrier.world_size
+
+    def seconds(self, num_bytes: int) -> float:
+        """From the moment in which all are ready until this rank has sent and received."""
+        return _exchange(self._carrier, self._device, [self._to], [self._source], num_bytes)
+
+
+def _send_to_all(carrier: Carrier, device: torch.device, num_bytes: int) -> float:
+    others = [rank for rank in range(carrier.world_size) if rank != carrier.rank]
+    return _exchange(carrier, device, others, others, num_bytes)
+
+
+def _exchange(
+    carrier: Carrier, device: torch.device, to: Sequence[int], sources: Sequence[int], num_bytes: int
+) -> float:
+    sends = [Message(torch.zeros(num_bytes, dtype=torch.uint8, device=device), peer, 0) for peer in to]
+    receives = [Message(torch.empty(num_bytes, dtype=torch.uint8, device=device), peer, 0) for peer in sources]
+    carrier.gather_numbers([0], TIMEOUT_S)
+    begun = time.perf_counter()
+    sent, received = carrier.post(sends, receives)
+    for transfer in (*received, *sent):
+        transfer.wait(TIMEOUT_S)
+    _synchronize(device)
+    return time.perf_counter() - begun
+
+
+def _choose_size(carrier: Carrier, device: torch.device) -> int:
+    """Bytes that take the slowest rank long enough to be measured by."""
+    num_bytes, shift = FIRST_BYTES, _Shift(carrier, device, 1)
+    while num_bytes < MOST_BYTES:
+        slowest = max(own for (own,) in _gather(carrier, [shift.seconds(num_bytes)]))
+        if slowest >= ROUND_S:
+            break
+        num_bytes *= 4 if slowest < ROUND_S / 4 else 2
+    return num_bytes
+
+
+def _measure_attention(device: torch.device) -> float:
+    """Seconds of unmasked attention with all ranks at it."""
+    kernel, (_, length, _, head_dim) = choose_kernel(device), ATTENTION_SHAPE
+    q, k, v = (torch.randn(ATTENTION_SHAPE, device=device) for _ in range(3))
+    seconds = []
+    for _ in range(NUM_ROUNDS + 1):  # the first warms up
+        begun = time.perf_counter()
+        kernel.forward(q, k, v, Block(0, length, 0, length), head_dim**-0.5)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return _median(seconds[1:])
+
+
+def _attention_flops() -> int:
+    batch, length, heads, head_dim = ATTENTION_SHAPE
+    return 4 * batch * length * length * heads * head_dim
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gather(carrier: Carrier, numbers: Sequence[float]) -> list[list[float]]:
+    """Every rank's seconds; they travel as nanoseconds."""
+    return [[n / 1e9 for n in own] for own in carrier.gather_numbers([round(x * 1e9) for x in numbers], TIMEOUT_S)]
+
+
+def _share_name(carrier: Carrier, node: str) -> list[list[int]]:
+    own = node.encode()[:64]
+    return carrier.gather_numbers(list(own.ljust(64, b"\0")), TIMEOUT_S)
+
+
+def _split(values: Sequence[Sequence[float]], node_of: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Values of pairs within a node, and of pairs between nodes; ``values[rank][shift - 1]``."""
+    within: list[float] = []
+    between: list[float] = []
+    for rank, own in enumerate(values):
+        for index, value in enumerate(own):
+            peer = (rank + index + 1) % len(values)
+            (within if node_of[rank] == node_of[peer] else between).append(value)
+    return within, between
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)
