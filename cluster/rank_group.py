@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -70,7 +71,7 @@ class RankGroup:
         joins = [actor.join.remote(rank, world_size, address, port) for rank, actor in enumerate(self._actors)]
         try:
             ray.get(joins)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             self.close()
             raise LongctxError(f"the ranks do not find each other: {error}") from error
 
