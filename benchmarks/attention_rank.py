@@ -8,6 +8,7 @@ Started by ``benchmarks/sequence_parallel.py`` in the rank's network namespace:
 import dataclasses
 import datetime
 import json
+import random
 import sys
 import time
 from dataclasses import dataclass
@@ -165,12 +166,12 @@ def make_engines(cell: Cell, names: list[str], links: LinkModel) -> tuple[list[E
 
 
 def measure_cell(cell: Cell, names: list[str], links: LinkModel, num_rounds: int) -> dict[str, Any]:
-    """All engines, taking turns in a turning order."""
+    """All engines, taking turns, each round in another order."""
     engines, skipped = make_engines(cell, names, links)
     for engine in engines:
         engine.check()
     for index in range(num_rounds):
-        for engine in engines[index % len(engines) :] + engines[: index % len(engines)]:
+        for engine in random.Random(index).sample(engines, len(engines)):
             engine.run()
     problem = cell.make_problem(dist.get_world_size())
     candidates = {each.plan.name: each for each in rank_plans(problem, links, backward=True)}

@@ -17,6 +17,7 @@ from parallel.tile_attention import Block, choose_kernel
 
 ROUND_S = 0.25  # how long a transfer must take to be measured by
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 28
+ATTENTION_S = 1.0
 NUM_PINGS = 20
 NUM_ROUNDS = 3
 TIMEOUT_S = 300.0
@@ -69,7 +70,7 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
     seconds = _gather(carrier, [_median(shift.seconds(num_bytes) for _ in range(NUM_ROUNDS)) for shift in shifts])
     latencies = _gather(carrier, [_median(shift.seconds(1) for _ in range(NUM_PINGS)) for shift in shifts])
     together = _gather(carrier, [_median(_send_to_all(carrier, place, num_bytes) for _ in range(NUM_ROUNDS))])
-    attention = _gather(carrier, [_measure_attention(place)])
+    attention = _gather(carrier, [_measure_attention(carrier, place)])
     ratio = _median(sum(alone) / whole for alone, (whole,) in zip(seconds, together, strict=True))
     within, between = (_median(values) if values else 0.0 for values in _split(seconds, node_of))
     latency_within, latency_between = (_median(values) if values else 0.0 for values in _split(latencies, node_of))
@@ -132,17 +133,22 @@ def _choose_size(carrier: Carrier, device: torch.device) -> int:
     return num_bytes
 
 
-def _measure_attention(device: torch.device) -> float:
-    """Seconds of unmasked attention with all ranks at it."""
+def _measure_attention(carrier: Carrier, device: torch.device) -> float:
+    """Seconds of unmasked attention while all ranks are at it: they may share cores."""
     kernel, (_, length, _, head_dim) = choose_kernel(device), ATTENTION_SHAPE
     q, k, v = (torch.randn(ATTENTION_SHAPE, device=device) for _ in range(3))
-    seconds = []
-    for _ in range(NUM_ROUNDS + 1):  # the first warms up
-        begun = time.perf_counter()
+
+    def attend() -> None:
         kernel.forward(q, k, v, Block(0, length, 0, length), head_dim**-0.5)
         _synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    return _median(seconds[1:])
+
+    attend()  # warms up
+    carrier.gather_numbers([0], TIMEOUT_S)
+    begun, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - begun < ATTENTION_S:
+        attend()
+        count += 1
+    return (time.perf_counter() - begun) / count
 
 
 def _attention_flops() -> int:

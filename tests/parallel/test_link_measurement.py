@@ -10,7 +10,7 @@ from tests.parallel.gloo_ranks import run_ranks
 
 
 def measure(rank: int, world_size: int, folder: str) -> Measurement:
-    link_measurement.ROUND_S = 0.01
+    link_measurement.ROUND_S = link_measurement.ATTENTION_S = 0.01
     return measure_links(None, node="here")
 
 
@@ -48,7 +48,7 @@ def test_topology_and_nodes(monkeypatch, is_mesh, topology):
     network = Network(4, is_mesh=is_mesh, rates=[8e6, 8e6, 8e6], now=now)
     monkeypatch.setattr(link_measurement, "GroupCarrier", lambda group: network)
     monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(link_measurement, "_measure_attention", lambda device: 0.5)
+    monkeypatch.setattr(link_measurement, "_measure_attention", lambda carrier, device: 0.5)
     measured = measure_links(None, node="a", device=torch.device("cpu"))
     assert measured.links.topology == topology
     assert measured.links.bytes_per_s == pytest.approx(8e6, rel=0.01)
