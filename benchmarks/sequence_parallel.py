@@ -3,7 +3,7 @@
     python -m benchmarks.sequence_parallel --mbit 400 --save sequence-parallel-400
 
 Needs root. Each rank is a process with one thread in a namespace of its own; links are slowed down with ``tc``. In one
-run all engines take turns, each round in another order; a time is the slowest rank's, medians over the rounds are reported.
+run all engines take turns, each round in another order; a time is the slowest rank's. Reported are medians over rounds.
 """
 
 import argparse

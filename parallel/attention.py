@@ -220,10 +220,11 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rank = run.carrier.rank
         with run.watch("forward") as (carrier, kernel):
-            forward = Forward(run.plan, rank, carrier, kernel, q, k, v, run.scale)
+            has_backward = any(ctx.needs_input_grad)
+            forward = Forward(run.plan, rank, carrier, kernel, q, k, v, run.scale, has_backward=has_backward)
             drive(forward.run(), rank, run.timeout_s)
         ctx.save_for_backward(q, k, v, forward.out, forward.lse)
-        ctx.run = run
+        ctx.run, ctx.kept = run, forward.kept
         ctx.mark_non_differentiable(forward.lse)
         return forward.out.to(q.dtype, copy=True), forward.lse
 
@@ -234,6 +235,6 @@ class _Attention(torch.autograd.Function):
         dout = grad_outputs[0].contiguous()
         delta = (dout.to(out.dtype) * out).sum(-1)
         with run.watch("backward") as (carrier, kernel):
-            backward = Backward(run.plan, rank, carrier, kernel, q, k, v, dout, lse, delta, run.scale)
+            backward = Backward(run.plan, rank, carrier, kernel, q, k, v, dout, lse, delta, run.scale, ctx.kept)
             drive(backward.run(), rank, run.timeout_s)
         return backward.dq.to(q.dtype), backward.dk.to(k.dtype), backward.dv.to(v.dtype), None

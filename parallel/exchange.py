@@ -71,7 +71,7 @@ class Exchange:
         self._coming_home: list[tuple[Return, Wait, Held]] = []
         self._sent: list[Wait] = []
         returns = plan.returns_of(rank, backward=self.backward)
-        self._works, self._moves = by_step(plan.works_of(rank)), by_step(plan.moves_of(rank))
+        self._works, self._moves = by_step(plan.works_of(rank)), by_step(plan.moves_of(rank, backward=self.backward))
         self._returns = by_step(returns)
         self._foreign_rows = {(b.kind, b.owner, b.heads): b.rows for b in returns if b.source == rank}
         self._last_use = self._find_last_uses()
@@ -96,6 +96,14 @@ class Exchange:
     def add(self, back: Return, held: Held) -> None:
         """Add what came home."""
         raise NotImplementedError
+
+    def travelling(self, kind: str, held: Held) -> Held:
+        """What of the held tensors moves."""
+        return held
+
+    def arrived(self, key: Key, held: Held) -> Held:
+        """What is held once a move has brought its part."""
+        return held
 
     def sums_for(self, work: Work, kind: str) -> Held:
         """Where results on ``work``'s queries or keys are added up here."""
@@ -133,7 +141,8 @@ class Exchange:
         for move in self._moves[step]:
             if move.source == self.rank:
                 held = yield from self._get(move.kind, move.owner, move.heads)
-                sends.append(Message(_pack(held, move.rows), move.destination, self.plan.tags[move]))
+                packed = _pack(self.travelling(move.kind, held), move.rows)
+                sends.append(Message(packed, move.destination, self.plan.tags[move]))
         for back in self._returns[step - 1]:
             if back.source == self.rank:
                 held = self._sums.pop((back.kind, back.owner, back.heads))
@@ -157,7 +166,7 @@ class Exchange:
         if key in self._arriving:
             wait, held = self._arriving.pop(key)
             yield wait
-            self._held[key] = held
+            self._held[key] = self.arrived(key, held)
         return self._held[key]
 
     def _cut_heads(self, held: Held, kind: str, heads: Heads) -> Held:
@@ -166,8 +175,8 @@ class Exchange:
 
     def _empty(self, move: Move) -> tuple[torch.Tensor, ...]:
         """Room for what a move brings: one buffer, cut like the own tensors, the widest elements first."""
-        templates = self._cut_heads(self._own[move.kind], move.kind, move.heads).tensors
-        return _allocate(templates, count_rows(move.rows))
+        own = self._cut_heads(self._own[move.kind], move.kind, move.heads)
+        return _allocate(self.travelling(move.kind, own).tensors, count_rows(move.rows))
 
     def _fold(self, *, before: int) -> Waiting:
         while self._coming_home and self._coming_home[0][0].step < before:
@@ -194,7 +203,10 @@ class Exchange:
 
 
 class Forward(Exchange):
-    """Attention; afterwards ``out`` ``[B, S, H, D]`` and ``lse`` ``[B, S, H]`` are this rank's, not yet rounded."""
+    """Attention; afterwards ``out`` ``[B, S, H, D]`` and ``lse`` ``[B, S, H]`` are this rank's, not yet rounded.
+
+    With ``has_backward``, ``kept`` is what arrived, if the plan keeps it; else it is dropped as soon as it is used up.
+    """
 
     def __init__(
         self,
@@ -206,7 +218,11 @@ class Forward(Exchange):
         k_BLKD: torch.Tensor,
         v_BLKD: torch.Tensor,
         scale: float,
+        *,
+        has_backward: bool = True,
     ) -> None:
+        self.kept: dict[Key, Held] = {}
+        self._keeps = plan.keeps and has_backward
         self._kernel, self._scale = kernel, scale
         self._template = q_BSHD
         self._dtype = accumulator_dtype(q_BSHD.dtype)
@@ -231,6 +247,11 @@ class Forward(Exchange):
                     self._scale,
                 )
 
+    def arrived(self, key: Key, held: Held) -> Held:
+        if self._keeps:
+            self.kept[key] = held
+        return held
+
     def add(self, back: Return, held: Held) -> None:
         own = self._cut_heads(self.own_sums("q"), "q", back.heads)
         for start, stop in back.rows:
@@ -253,7 +274,7 @@ class Forward(Exchange):
 
 
 class Backward(Exchange):
-    """Gradients; afterwards ``dq``, ``dk`` and ``dv`` are this rank's, not yet rounded."""
+    """Gradients; afterwards ``dq``, ``dk`` and ``dv`` are this rank's, not yet rounded. ``kept``: the forward's."""
 
     backward = True
 
@@ -270,14 +291,29 @@ class Backward(Exchange):
         lse_BSH: torch.Tensor,
         delta_BSH: torch.Tensor,
         scale: float,
+        kept: dict[Key, Held],
     ) -> None:
         self._kernel, self._scale = kernel, scale
+        self._kept = kept
         self._dtype = accumulator_dtype(q_BSHD.dtype)
         own = {"q": (lse_BSH, delta_BSH, q_BSHD, dout_BSHD), "kv": (k_BLKD, v_BLKD)}
         self._templates = {"q": (q_BSHD,), "kv": (k_BLKD, v_BLKD)}
         super().__init__(plan, rank, carrier, own)
+        self._held |= {key: held for key, held in kept.items() if key[0] == "kv"}
         (self.dq,) = self.new_sums("q", q_BSHD.shape[1], plan.problem.all_heads)
         self.dk, self.dv = self.new_sums("kv", k_BLKD.shape[1], plan.problem.all_heads)
+
+    def travelling(self, kind: str, held: Held) -> Held:
+        if kind == "q" and self.plan.keeps:
+            lse, delta, _, dout = held.tensors
+            return Held(held.rows, (lse, delta, dout))
+        return held
+
+    def arrived(self, key: Key, held: Held) -> Held:
+        if key[0] == "q" and self.plan.keeps:
+            lse, delta, dout = held.tensors
+            return Held(held.rows, (lse, delta, *self._kept[key].tensors, dout))
+        return held
 
     def compute(self, work: Work, q: Held, kv: Held) -> None:
         q_sums, kv_sums = self.sums_for(work, "q"), self.sums_for(work, "kv")

@@ -194,9 +194,26 @@ class Plan:
         """What ``rank`` computes."""
         return self._works_by_rank[rank]
 
-    def moves_of(self, rank: int) -> list[Move]:
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether ranks keep for the backward what the forward brought them, which then does not travel again: where
+        that is no more than they hold themselves."""
+        problem, received = self.problem, [0] * self.problem.world_size
+        for move in self.moves:
+            received[move.destination] += self.move_bytes(move)
+        row_bytes = problem.batch_size * problem.head_dim * problem.element_size
+        return all(
+            received[rank] <= row_bytes * (num_q * problem.num_heads + 2 * num_kv * problem.num_kv_heads)
+            for rank, (num_q, num_kv) in enumerate(zip(problem.num_q, problem.num_kv, strict=True))
+        )
+
+    def moves_in(self, *, backward: bool) -> tuple[Move, ...]:
+        """The moves of one direction of the computation."""
+        return self._moves_by_direction[backward]
+
+    def moves_of(self, rank: int, *, backward: bool) -> list[Move]:
         """What ``rank`` sends or receives."""
-        return self._moves_by_rank[rank]
+        return self._moves_by_rank[backward][rank]
 
     def returns_of(self, rank: int, *, backward: bool) -> list[Return]:
         """What ``rank`` sends home or is sent home to it."""
@@ -208,7 +225,7 @@ class Plan:
         return {item: tag for tag, item in enumerate((*self.moves, *self.returns(backward=True)))}
 
     def move_bytes(self, move: Move, *, backward: bool = False) -> int:
-        """Payload of one move: K and V; or Q, in the backward with dO, the log-sum-exp and delta."""
+        """Payload of one move: K and V; or Q; in the backward dO, log-sum-exp, delta, and Q unless kept."""
         problem = self.problem
         rows = count_rows(move.rows) * problem.batch_size
         if move.kind == "kv":
@@ -216,7 +233,9 @@ class Plan:
             return 2 * rows * (high - low) * problem.head_dim * problem.element_size
         num_heads = move.heads[1] - move.heads[0]
         row_bytes = num_heads * problem.head_dim * problem.element_size
-        return rows * (2 * row_bytes + 2 * num_heads * ACCUMULATOR_SIZE if backward else row_bytes)
+        if not backward:
+            return rows * row_bytes
+        return rows * ((1 if self.keeps else 2) * row_bytes + 2 * num_heads * ACCUMULATOR_SIZE)
 
     def return_bytes(self, back: Return, *, backward: bool = False) -> int:
         """Payload of one return: output and log-sum-exp; dQ; or dK and dV."""
@@ -235,7 +254,7 @@ class Plan:
     def bytes_between(self, *, backward: bool = False) -> dict[tuple[int, int], int]:
         """Payload bytes by (source, destination)."""
         sums: dict[tuple[int, int], int] = defaultdict(int)
-        for move in self.moves:
+        for move in self.moves_in(backward=backward):
             sums[move.source, move.destination] += self.move_bytes(move, backward=backward)
         for back in self.returns(backward=backward):
             sums[back.source, back.owner] += self.return_bytes(back, backward=backward)
@@ -249,12 +268,17 @@ class Plan:
         return by_rank
 
     @cached_property
-    def _moves_by_rank(self) -> defaultdict[int, list[Move]]:
-        by_rank: defaultdict[int, list[Move]] = defaultdict(list)
-        for move in self.moves:
-            by_rank[move.source].append(move)
-            by_rank[move.destination].append(move)
-        return by_rank
+    def _moves_by_direction(self) -> tuple[tuple[Move, ...], tuple[Move, ...]]:
+        return self.moves, tuple(move for move in self.moves if move.kind == "q") if self.keeps else self.moves
+
+    @cached_property
+    def _moves_by_rank(self) -> tuple[defaultdict[int, list[Move]], defaultdict[int, list[Move]]]:
+        both = (defaultdict(list), defaultdict(list))
+        for moves, by_rank in zip(self._moves_by_direction, both, strict=True):
+            for move in moves:
+                by_rank[move.source].append(move)
+                by_rank[move.destination].append(move)
+        return both
 
     @cached_property
     def _returns_by_rank(self) -> tuple[defaultdict[int, list[Return]], defaultdict[int, list[Return]]]:

@@ -57,7 +57,7 @@ class _Player:
         self.link_free_at: dict[tuple[int, int], float] = defaultdict(float)
         self.arrived_at: dict[tuple[int, str, int, Heads], float] = {}
         self.home_at = [0.0] * plan.problem.world_size
-        self.moves, self.works = by_step(plan.moves), by_step(plan.works)
+        self.moves, self.works = by_step(plan.moves_in(backward=backward)), by_step(plan.works)
         self.returns = by_step(plan.returns(backward=backward))
 
     def play(self) -> Prediction:

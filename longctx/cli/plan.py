@@ -98,7 +98,7 @@ def _describe(candidate: Candidate) -> tuple[str, ...]:
 
 def _describe_steps(plan: Plan) -> Iterator[str]:
     """Who computes and sends what in each step of the forward."""
-    works, moves, returns = by_step(plan.works), by_step(plan.moves), by_step(plan.returns())
+    works, moves, returns = by_step(plan.works), by_step(plan.moves_in(backward=False)), by_step(plan.returns())
     rows = [("step", "rank", "computes", "sends meanwhile")]
     for step in range(plan.num_steps + 1):
         for rank in range(plan.problem.world_size):

@@ -57,7 +57,7 @@ def run_virtual_ranks(
         forward, dout_local = forwards[rank], dout[:, rows]
         delta = (dout_local.to(forward.out.dtype) * forward.out).sum(-1)
         local = (q[:, rows], k[:, columns], v[:, columns], dout_local, forward.lse, delta)
-        backwards.append(Backward(plan, rank, network.carrier(rank), kernel, *local, scale))
+        backwards.append(Backward(plan, rank, network.carrier(rank), kernel, *local, scale, forward.kept))
     drive_together([backward.run() for backward in backwards])
     gradients = (
         _join([backward.dq for backward in backwards], q_rows),
