@@ -11,6 +11,7 @@ import datetime
 import json
 import logging
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def main() -> None:
     if arguments.save and arguments.rounds < 5:
         parser.error(f"--rounds={arguments.rounds} is too few for a result that is kept; at least 5")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # namespaces are removed then too
     content = {
         "benchmark": "sequence_parallel",
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

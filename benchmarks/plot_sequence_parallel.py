@@ -1,0 +1,112 @@
+"""Draws a result of the sequence parallelism benchmark, and prints the table that the documentation shows.
+
+python -m benchmarks.plot_sequence_parallel sequence-parallel-44 docs/sequence_parallel_44.svg
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import REPOSITORY
+from benchmarks.sequence_parallel import PEER_NAMES
+
+BAR, GAP, LABEL, WIDTH, COLUMN_GAP = 12, 26, 150, 260, 60  # pixels
+FORWARD, BACKWARD, WRONG = "#3a6ea5", "#a9c4e0", "#bbbbbb"
+
+
+def main() -> None:
+    """Write the picture and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the result, without .json")
+    parser.add_argument("picture", type=Path)
+    arguments = parser.parse_args()
+    result = json.loads((REPOSITORY / "benchmarks" / "results" / f"{arguments.name}.json").read_text())
+    arguments.picture.write_text(draw(result), encoding="utf-8")
+    print("\n".join(make_table(result)))
+
+
+def make_table(result: dict[str, Any]) -> Iterator[str]:
+    """Rows of Markdown: forward and backward together, in milliseconds."""
+    yield "| network, mask, g, queries | KV ring | TokenRing | best | `auto` | best / `auto` | best peer / `auto` |"
+    yield "|---|---|---|---|---|---|---|"
+    gains, shares = [], []
+    for network in result["networks"]:
+        for cell in network["cells"]:
+            times = {name: engine["seconds"] * 1e3 for name, engine in cell["engines"].items() if engine["correct"]}
+            plans = {name: time for name, time in times.items() if name not in (*PEER_NAMES, "auto")}
+            peers = {name: time for name, time in times.items() if name in PEER_NAMES}
+            best, peer = (
+                min(plans, key=lambda name: plans[name]),
+                min(peers, key=lambda name: peers[name], default=None),
+            )
+            shares.append(plans[best] / times["auto"])
+            against = "-"
+            if peer is not None:
+                gains.append(peers[peer] / times["auto"])
+                against = f"{gains[-1]:.2f}x ({peer})"
+            yield (
+                f"| {_describe(network)}, {_describe_cell(cell['cell'])} | {times['kv_ring']:.0f} "
+                f"| {times['token_ring']:.0f} | {plans[best]:.0f} ({best}) | {times['auto']:.0f} ({cell['engines']['auto']['plan']}) "
+                f"| {shares[-1]:.2f}x | {against} |"
+            )
+    mean = f"{statistics.geometric_mean(gains):.2f}x" if gains else "-"
+    yield f"| geometric mean; least | | | | | {statistics.geometric_mean(shares):.2f}x; {min(shares):.2f}x | {mean} |"
+
+
+def draw(result: dict[str, Any]) -> str:
+    """A column for each network, a group of bars for each cell, one bar for each engine: forward, then backward."""
+    parts, bottom = [], 0
+    for column, network in enumerate(result["networks"]):
+        left, top = 10 + column * (LABEL + WIDTH + COLUMN_GAP), 20
+        parts.append(_text(left, top, f"{_describe(network)}, {result['world_size']} ranks", bold=True))
+        for cell in network["cells"]:
+            top += GAP
+            parts.append(_text(left, top, _describe_cell(cell["cell"]), bold=True))
+            top += 5
+            longest = max(engine["seconds"] for engine in cell["engines"].values())
+            for name, engine in sorted(cell["engines"].items(), key=lambda item: item[1]["seconds"]):
+                parts.append(_bars(left, top, name, engine, longest))
+                top += BAR
+        bottom = max(bottom, top)
+    width = 10 + len(result["networks"]) * (LABEL + WIDTH + COLUMN_GAP)
+    legend = _text(
+        10, bottom + 20, "dark: forward; light: backward; grey: wrong result. Milliseconds, slowest rank, median."
+    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 30}" font-family="sans-serif">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, legend, "</svg>", ""])
+
+
+def _bars(left: int, top: int, name: str, engine: dict[str, Any], longest: float) -> str:
+    forward, backward = (WIDTH * engine[direction]["seconds"] / longest for direction in ("forward", "backward"))
+    colors = (FORWARD, BACKWARD) if engine["correct"] else (WRONG, WRONG)
+    x = left + LABEL
+    label = f"{name} ({engine['plan']})" if name == "auto" else name
+    bars = [
+        _text(left, top + BAR - 3, label, bold=name == "auto"),
+        f'<rect x="{x}" y="{top + 1}" width="{forward:.1f}" height="{BAR - 2}" fill="{colors[0]}"/>',
+        f'<rect x="{x + forward:.1f}" y="{top + 1}" width="{backward:.1f}" height="{BAR - 2}" fill="{colors[1]}"/>',
+        _text(x + forward + backward + 3, top + BAR - 3, f"{engine['seconds'] * 1e3:.0f}"),
+    ]
+    return "".join(bars)
+
+
+def _describe(network: dict[str, Any]) -> str:
+    return f"{network['topology']} {network['mbit_per_s']:g} Mbit/s"
+
+
+def _describe_cell(cell: dict[str, Any]) -> str:
+    queries = "long" if cell["num_q"] == cell["num_tokens"] else f"1/{cell['num_tokens'] // cell['num_q']}"
+    return f"{cell['mask']}, g={cell['num_heads'] // cell['num_kv_heads']}, {queries}"
+
+
+def _text(x: float, y: float, words: str, *, bold: bool = False) -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y}" font-size="10"{weight}>{escape(words)}</text>'
+
+
+if __name__ == "__main__":
+    main()
