@@ -50,8 +50,8 @@ def make_table(result: dict[str, Any]) -> Iterator[str]:
                 against = f"{gains[-1]:.2f}x ({peer})"
             yield (
                 f"| {_describe(network)}, {_describe_cell(cell['cell'])} | {times['kv_ring']:.0f} "
-                f"| {times['token_ring']:.0f} | {plans[best]:.0f} ({best}) | {times['auto']:.0f} ({cell['engines']['auto']['plan']}) "
-                f"| {shares[-1]:.2f}x | {against} |"
+                f"| {times['token_ring']:.0f} | {plans[best]:.0f} ({best}) "
+                f"| {times['auto']:.0f} ({cell['engines']['auto']['plan']}) | {shares[-1]:.2f}x | {against} |"
             )
     mean = f"{statistics.geometric_mean(gains):.2f}x" if gains else "-"
     yield f"| geometric mean; least | | | | | {statistics.geometric_mean(shares):.2f}x; {min(shares):.2f}x | {mean} |"
