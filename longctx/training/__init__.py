@@ -1,0 +1,1 @@
+"""Training: models whose sequences are shared by the ranks of a group."""

@@ -1,0 +1,151 @@
+"""A transformers decoder over sequences that the ranks of a group share: same loss and gradients as on one rank.
+
+Everything but attention works on each token alone, so each rank runs the model on its tokens, at their positions in
+their document; attention goes through ``sequence_parallel_attention``, plugged in by transformers' attention
+interface. Each rank's loss is its tokens' share of the mean over all ranks' tokens: its backward gives a part of the
+gradients, and the parts add up.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from parallel.attention import TIMEOUT_S, sequence_parallel_attention
+from parallel.layout import LAYOUTS, check_cu_seqlens
+from parallel.links import LinkModel
+from parallel.shard import shard_sequence
+
+IGNORED = -100  # a label that does not count, as in transformers
+_numbers = itertools.count()
+
+
+class SequenceParallel:
+    """One model and the ranks that share its sequences.
+
+    Args:
+        model: a causal language model whose attention goes through transformers' interface; equal on all ranks. Its
+            attention implementation is replaced.
+        group: the ranks; None is the default group.
+        layout: who holds which tokens.
+        plan, links, timeout_s: see ``sequence_parallel_attention``.
+
+    Raises:
+        ValueError: for an unknown layout, or a model with attention dropout.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        group: dist.ProcessGroup | None = None,
+        layout: str = "balanced",
+        plan: str = "auto",
+        links: LinkModel | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout {layout!r} is unknown; allowed: {', '.join(LAYOUTS)}")
+        if getattr(model.config, "attention_dropout", 0.0):
+            raise ValueError(f"attention_dropout={model.config.attention_dropout} is not allowed: 0")
+        self.model, self._group, self._layout = model, group, layout
+        self._choices = {"plan": plan, "links": links, "timeout_s": timeout_s, "group": group, "layout": layout}
+        self._cu_seqlens: tuple[int, ...] | None = (
+            None  # of the sequence that is being run, also while it is recomputed
+        )
+        name = f"longctx_sequence_parallel_{next(_numbers)}"
+        AttentionInterface.register(name, self._attend)
+        AttentionMaskInterface.register(name, _make_no_mask)
+        model.set_attn_implementation(name)
+
+    def loss(
+        self, input_ids: torch.Tensor, *, labels: torch.Tensor | None = None, cu_seqlens: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next-token cross entropy of one sequence of packed documents. Collective.
+
+        Args:
+            input_ids: ``[1, num_tokens]``, the whole sequence on every rank.
+            labels: the same shape, ``IGNORED`` where a token does not count; None: every token of a document but its
+                first counts. Not shifted: a token is predicted from those before it.
+            cu_seqlens: ``[num_documents + 1]`` boundaries; None: one document.
+
+        Returns:
+            The mean over all tokens that count, without a gradient and equal on all ranks; and this rank's share of
+            it, to call ``backward`` on. Then ``reduce_gradients``.
+
+        Raises:
+            ValueError: if no token counts, or for shapes that do not go together.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} are not allowed: [1, num_tokens]")
+        labels = input_ids if labels is None else labels
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels of shape {tuple(labels.shape)} are not allowed: {tuple(input_ids.shape)}")
+        num_tokens = input_ids.shape[1]
+        bounds = check_cu_seqlens(cu_seqlens, num_tokens) or (0, num_tokens)
+        starts = torch.tensor(bounds[:-1], device=input_ids.device)
+        lengths = torch.tensor(bounds, device=input_ids.device).diff()
+        positions = torch.arange(num_tokens, device=input_ids.device) - starts.repeat_interleave(lengths)
+        targets = labels.roll(-1, 1).clone()
+        targets[:, torch.tensor(bounds[1:], device=targets.device)[lengths > 0] - 1] = IGNORED
+        num_targets = int((targets != IGNORED).sum())
+        if num_targets == 0:
+            raise ValueError("no token counts: every label is ignored or begins a document")
+        own_ids, own_targets, own_positions = (
+            self._shard(whole, bounds) for whole in (input_ids, targets, positions[None])
+        )
+        self._cu_seqlens = bounds
+        logits = self.model(input_ids=own_ids, position_ids=own_positions, use_cache=False).logits
+        share = torch.nn.functional.cross_entropy(
+            logits[0].float(), own_targets[0], ignore_index=IGNORED, reduction="sum"
+        )
+        share = share / num_targets
+        mean = share.detach().clone()
+        dist.all_reduce(mean, group=self._group)
+        return mean, share
+
+    def reduce_gradients(self) -> None:
+        """Add up the ranks' gradients; afterwards every rank has those of the whole sequence. Collective."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=self._group)
+
+    def _shard(self, whole: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
+        rank, world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        return shard_sequence(whole, 1, rank=rank, world_size=world_size, layout=self._layout, cu_seqlens=bounds)[0]
+
+    def _attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """transformers' attention function: ``[B, heads, S, D]`` in, ``[B, S, heads, D]`` out."""
+        if softcap is not None or getattr(module, "sinks", None) is not None:
+            raise ValueError("attention with soft caps or sinks is not supported over a shared sequence")
+        out = sequence_parallel_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            causal=getattr(module, "is_causal", True),
+            cu_seqlens=self._cu_seqlens,
+            window=sliding_window,
+            scale=scaling,
+            **self._choices,
+        )
+        return out, None
+
+
+def _make_no_mask(*_: Any, **__: Any) -> None:
+    """The exchange plan has the mask."""
