@@ -13,7 +13,7 @@ from itertools import combinations
 
 TOPOLOGIES = ("switch", "mesh")
 QUEUE_MS = 400  # what waits at a full link: enough that nothing is dropped
-LEAST_BURST_BYTES = 65536
+LEAST_BURST_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _join_pairs(names: tuple[str, ...], mbit_per_s: float) -> None:
 
 
 def _slow_down(name: str, device: str, mbit_per_s: float) -> None:
-    burst = max(LEAST_BURST_BYTES, int(mbit_per_s * 1e6 / 8 / 200))  # what passes in 5 ms
+    burst = max(LEAST_BURST_BYTES, int(mbit_per_s * 1e6 / 8 / 1000))  # what passes in 1 ms: little travels for nothing
     rate, latency = f"{mbit_per_s}mbit", f"{QUEUE_MS}ms"
     _run(
         "tc",

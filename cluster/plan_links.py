@@ -45,7 +45,8 @@ def describe(measurement: "Measurement") -> str:
     lines += [
         "",
         f"to all at once a rank sends {measurement.all_at_once:.2f} times what it sends to one: a {links.topology}",
-        f"within a node {links.bytes_per_s / 1e6:.1f} MB/s, {links.latency_s * 1e6:.0f} us",
+        f"within a node {links.bytes_per_s / 1e6:.1f} MB/s, {links.latency_s * 1e6:.0f} us, "
+        f"{links.message_s * 1e6:.0f} us a message",
     ]
     if links.node_bytes_per_s:
         lines.append(f"between nodes {links.node_bytes_per_s / 1e6:.1f} MB/s, {links.node_latency_s * 1e6:.0f} us")

@@ -69,6 +69,7 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
     shifts = [_Shift(carrier, place, shift) for shift in range(1, carrier.world_size)]
     seconds = _gather(carrier, [_median(shift.seconds(num_bytes) for _ in range(NUM_ROUNDS)) for shift in shifts])
     latencies = _gather(carrier, [_median(shift.seconds(1) for _ in range(NUM_PINGS)) for shift in shifts])
+    smallest = _gather(carrier, [_median(_send_to_all(carrier, place, 1) for _ in range(NUM_PINGS))])
     together = _gather(carrier, [_median(_send_to_all(carrier, place, num_bytes) for _ in range(NUM_ROUNDS))])
     attention = _gather(carrier, [_measure_attention(carrier, place)])
     ratio = _median(sum(alone) / whole for alone, (whole,) in zip(seconds, together, strict=True))
@@ -78,6 +79,8 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
         topology="mesh" if carrier.world_size > 2 and ratio > carrier.world_size / 2 else "switch",
         bytes_per_s=num_bytes / (within or between),
         latency_s=latency_within or latency_between,
+        message_s=max(0.0, _median(whole - max(alone) for alone, (whole,) in zip(latencies, smallest, strict=True)))
+        / max(1, 2 * (len(shifts) - 1)),  # both ways, beyond the first pair
         node_bytes_per_s=num_bytes / between if within and between else 0.0,
         node_latency_s=latency_between if latency_within else 0.0,
         flops_per_s=_attention_flops() / _median(own for (own,) in attention),

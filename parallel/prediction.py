@@ -3,6 +3,7 @@
 A rank posts a step's messages when it reaches the step; a message starts when both ends have posted it, what it carries
 is there and the way is free; work starts when its rank is free and its rows are there. At a switch a message takes its
 turn at the sender's port and then at the receiver's, so that a busy receiver does not hold up the sender's next one.
+However small it is, it keeps both ends from their next message for a moment.
 """
 
 from collections import defaultdict
@@ -55,6 +56,7 @@ class _Player:
         self.prediction = Prediction(plan)
         self.free_at = [0.0] * plan.problem.world_size  # when a rank has computed all it was given so far
         self.link_free_at: dict[tuple[int, int], float] = defaultdict(float)
+        self.ends_free_at = [0.0] * plan.problem.world_size  # for the next message
         self.arrived_at: dict[tuple[int, str, int, Heads], float] = {}
         self.home_at = [0.0] * plan.problem.world_size
         self.moves, self.works = by_step(plan.moves_in(backward=backward)), by_step(plan.works)
@@ -90,7 +92,8 @@ class _Player:
             kind, num_bytes = f"{item.kind} return", plan.return_bytes(item, backward=self.backward)
         seconds = links.seconds(num_bytes, between_nodes=between_nodes)
         out = (source, destination) if links.topology == "mesh" else (source, -1)
-        start = max(ready, self.link_free_at[out])
+        start = max(ready, self.link_free_at[out], self.ends_free_at[source], self.ends_free_at[destination])
+        self.ends_free_at[source] = self.ends_free_at[destination] = start + links.message_s
         end = self.link_free_at[out] = start + seconds
         if links.topology == "switch":
             end = self.link_free_at[-1, destination] = max(end, self.link_free_at[-1, destination] + seconds)

@@ -147,6 +147,8 @@ def _describe_problem(config: PlanAttentionConfig) -> str:
 
 def _describe_links(links: LinkModel) -> str:
     words = f"links: {links.topology}, {links.bytes_per_s / 1e9:.4g} GB/s, {links.latency_s * 1e6:.4g} us"
+    if links.message_s:
+        words += f", {links.message_s * 1e6:.4g} us a message"
     if links.node_bytes_per_s or links.node_latency_s:
         words += f"; between nodes {(links.node_bytes_per_s or links.bytes_per_s) / 1e9:.4g} GB/s, "
         words += f"{(links.node_latency_s or links.latency_s) * 1e6:.4g} us"

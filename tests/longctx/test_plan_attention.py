@@ -74,7 +74,7 @@ def test_measured_links_replace_the_others(capsys, tmp_path):
     ("words", "reason"),
     [
         (("num_heads=7",), "7 query heads and 2 KV heads are not allowed"),
-        (("documents=[100,100]",), "documents=[100, 100] are 200 tokens: num_cached_tokens + num_tokens = 512"),
+        (("documents=[100,100]",), "documents=[100, 100] are 200 tokens; num_cached_tokens + num_tokens = 512"),
         (("plan=hybrid", "world_size=3", "num_nodes=2"), "3 ranks on 2 nodes"),
         (("causal=false", "window=4"), "window with causal=False is not allowed"),
         (("picture=plan.png",), "picture=plan.png is not allowed: a file NAME.svg"),

@@ -55,6 +55,25 @@ def test_topology_and_nodes(monkeypatch, is_mesh, topology):
     assert measured.links.flops_per_s == pytest.approx(4 * 1024 * 1024 * 8 * 64 / 0.5)
 
 
+def test_messages_cost_what_they_add(monkeypatch):
+    """Alone a message takes 8 ms; two more, each way, take 2 ms apiece on top."""
+    now = [0.0]
+
+    class Busy(Network):
+        def post(self, sends, receives):
+            self._now[0] += 0.006 + 0.001 * (len(sends) + len(receives))
+            return [], []
+
+    network = Busy(4, is_mesh=True, rates=[], now=now)
+    monkeypatch.setattr(link_measurement, "GroupCarrier", lambda group: network)
+    monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(link_measurement, "MOST_BYTES", 1 << 17)
+    monkeypatch.setattr(link_measurement, "_measure_attention", lambda carrier, device: 0.5)
+    links = measure_links(None, node="a").links
+    assert links.latency_s == pytest.approx(0.008)
+    assert links.message_s == pytest.approx(0.001)
+
+
 def test_nodes_count_only_in_order():
     def count(*node_of: str) -> int:
         return Measurement(link_measurement.LinkModel(), node_of, (), 1.0).num_nodes

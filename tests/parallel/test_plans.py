@@ -1,5 +1,6 @@
 """What plans move, and how long they should take: the method's own table, and exhaustive search on small cases."""
 
+import dataclasses
 import math
 from itertools import accumulate, product
 
@@ -65,6 +66,15 @@ def test_predictions_agree_with_the_measured_order():
     assert seconds("kv_ring", mha, LINKS) < seconds("kv_direct", mha, LINKS)
     assert 2.5 * seconds("kv_ring", gqa, LINKS) < seconds("token_ring", gqa, LINKS)
     assert 2 * seconds("token_ring", few, LINKS) < seconds("kv_ring", few, LINKS)
+
+
+def test_messages_that_cost_time_count():
+    problem = full_problem(4, num_q=64, causal=True)
+    slow = dataclasses.replace(MESH, message_s=0.01)
+    for name in PLANS:
+        plan = make_plan(name, problem, MESH)
+        most = max(len(plan.moves_of(rank, backward=False)) for rank in range(4))
+        assert predict(plan, slow).seconds >= max(predict(plan, MESH).seconds, 0.01 * (most - 1))
 
 
 @pytest.mark.parametrize("links", [LINKS, MESH], ids=["switch", "mesh"])
