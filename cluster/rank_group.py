@@ -1,5 +1,6 @@
 """Ranks of a torch.distributed group as Ray actors: spread over the cluster's nodes, in the order of the nodes."""
 
+import datetime
 import os
 import socket
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from longctx.errors import LongctxError
 
 PLACE_TIMEOUT_S = 60.0
+JOIN_TIMEOUT_S = 120.0
 
 
 class RankActor:
@@ -31,7 +33,8 @@ class RankActor:
         import torch.distributed as dist
 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(ray.util.get_node_ip_address()))
-        dist.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size)
+        timeout, meeting = datetime.timedelta(seconds=JOIN_TIMEOUT_S), f"tcp://{address}:{port}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timeout)
 
     def run(self, function: Any, *args: Any) -> Any:
         """What ``function`` returns here; torch.distributed is up."""
@@ -42,7 +45,7 @@ class RankGroup:
     """A group of ``world_size`` ranks; a context manager that ends them.
 
     Raises:
-        LongctxError: if the cluster has no room for them.
+        LongctxError: if the cluster has no room for them, or they do not reach each other.
     """
 
     def __init__(self, world_size: int, *, num_cpus: float) -> None:
@@ -54,7 +57,7 @@ class RankGroup:
                 f"{world_size} ranks of {num_cpus:g} CPUs have no room in the Ray cluster, which has {free:g} CPUs free"
             )
         create = ray.remote(RankActor)
-        actors: list[Any] = [
+        self._actors: list[Any] = [
             create.options(
                 num_cpus=num_cpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -63,14 +66,8 @@ class RankGroup:
             ).remote()
             for index in range(world_size)
         ]
-        places = ray.get([actor.where.remote() for actor in actors])
-        order = _by_node([node for node, _, _ in places])
-        self._actors = [actors[index] for index in order]
-        self.nodes = [places[index][0] for index in order]  # ids, of each rank
-        _, address, port = places[order[0]]
-        joins = [actor.join.remote(rank, world_size, address, port) for rank, actor in enumerate(self._actors)]
         try:
-            ray.get(joins)
+            self._join()
         except RayError as error:
             self.close()
             raise LongctxError(f"the ranks do not find each other: {error}") from error
@@ -84,6 +81,15 @@ class RankGroup:
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._placement)
+
+    def _join(self) -> None:
+        """Ranks in the order of their nodes meet at the first one."""
+        places = ray.get([actor.where.remote() for actor in self._actors])
+        order = _by_node([node for node, _, _ in places])
+        self._actors = [self._actors[index] for index in order]
+        _, address, port = places[order[0]]
+        size = len(order)
+        ray.get([actor.join.remote(rank, size, address, port) for rank, actor in enumerate(self._actors)])
 
     def __enter__(self) -> "RankGroup":
         return self

@@ -23,8 +23,6 @@ from parallel.mask import Mask, Tile, make_tiles
 Rows = tuple[tuple[int, int], ...]  # ranges of a rank's local rows, rising, apart from each other
 Heads = tuple[int, int]  # range of query heads
 
-ACCUMULATOR_SIZE = 4  # bytes: partial results and gradients travel in float32, so that their errors do not grow with W
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -58,6 +56,11 @@ class Problem:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def accumulator_size(self) -> int:
+        """Bytes of an element of partial results and gradients: float32 at least, so that errors do not grow with W."""
+        return max(4, self.element_size)
 
     @property
     def all_heads(self) -> Heads:
@@ -235,7 +238,7 @@ class Plan:
         row_bytes = num_heads * problem.head_dim * problem.element_size
         if not backward:
             return rows * row_bytes
-        return rows * ((1 if self.keeps else 2) * row_bytes + 2 * num_heads * ACCUMULATOR_SIZE)
+        return rows * ((1 if self.keeps else 2) * row_bytes + 2 * num_heads * problem.accumulator_size)
 
     def return_bytes(self, back: Return, *, backward: bool = False) -> int:
         """Payload of one return: output and log-sum-exp; dQ; or dK and dV."""
@@ -243,9 +246,9 @@ class Plan:
         rows = count_rows(back.rows) * problem.batch_size
         if back.kind == "kv":
             low, high = problem.kv_heads(back.heads)
-            return 2 * rows * (high - low) * problem.head_dim * ACCUMULATOR_SIZE
+            return 2 * rows * (high - low) * problem.head_dim * problem.accumulator_size
         num_heads = back.heads[1] - back.heads[0]
-        return rows * num_heads * (problem.head_dim + (0 if backward else 1)) * ACCUMULATOR_SIZE
+        return rows * num_heads * (problem.head_dim + (0 if backward else 1)) * problem.accumulator_size
 
     def returns(self, *, backward: bool = False) -> tuple[Return, ...]:
         """What goes home in one direction of the computation."""

@@ -4,7 +4,7 @@ The candidate that ``auto`` weighs against the named plans. In step s, ranks exc
 that on a switch everybody sends to one and receives from one at a time.
 """
 
-from parallel.plan import ACCUMULATOR_SIZE, Plan, PlanBuilder, Problem, count_rows, rows_of, unite
+from parallel.plan import Plan, PlanBuilder, Problem, count_rows, rows_of, unite
 
 
 def plan_fewest_bytes(problem: Problem) -> Plan:
@@ -28,7 +28,7 @@ def plan_fewest_bytes(problem: Problem) -> Plan:
 def _moves_queries(problem: Problem, q_owner: int, kv_owner: int) -> bool:
     tiles = problem.tiles(q_owner, kv_owner)
     num_q, num_kv = count_rows(unite(rows_of(tiles, "q"))), count_rows(unite(rows_of(tiles, "kv")))
-    there_and_back = problem.head_dim * problem.element_size + (problem.head_dim + 1) * ACCUMULATOR_SIZE
+    there_and_back = problem.head_dim * problem.element_size + (problem.head_dim + 1) * problem.accumulator_size
     return num_q * problem.num_heads * there_and_back < (
         2 * num_kv * problem.num_kv_heads * problem.head_dim * problem.element_size
     )

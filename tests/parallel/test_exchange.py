@@ -43,6 +43,16 @@ def test_every_cell_equals_dense_attention(plan, world_size):
         assert (result.forward_bytes, result.backward_bytes) == plan_bytes, cell
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plan", ["token_ring", "kv_ring", "ulysses"])
+def test_every_dtype_moves_what_the_plan_says(plan, dtype):
+    cell = Cell("causal", "gqa", "even")
+    inputs = tuple(x.to(dtype) for x in cell.make_inputs())
+    result = run_virtual_ranks(inputs, cell.mask, plan, world_size=3, layout="zigzag")
+    assert result.forward_bytes == result.plan.bytes_between()
+    assert result.backward_bytes == result.plan.bytes_between(backward=True)
+
+
 @pytest.mark.parametrize("plan", list(PLANS))
 def test_error_does_not_grow_with_ranks(plan):
     cell = Cell("causal", "gqa", "even")
