@@ -6,7 +6,8 @@ again by their content, is not known here (``longctx/engine``, ``memory/prefix_c
 """
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,53 +18,52 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ALIGNMENT = 4096  # bytes: vector loads split no cache line, and shipping code may map what it ships
 
 
-class PagePool:
-    """Pages of KV under a fixed byte budget.
+class PageAllocator(ABC):
+    """Which pages are held, and how often; where their bytes are, subclasses know.
 
     Args:
         layout: what a page looks like.
         num_pages: how many there are.
-        device: where the storage lives.
-        storage: uint8 ``[num_layers, num_pages, block_bytes]`` to use instead of allocating (a shared-memory segment).
 
-    Not thread-safe: the engine's thread owns allocation. Reading and writing pages from other threads is safe for pages
-    that are allocated to them.
+    Not thread-safe: the engine's thread owns it.
     """
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        num_pages: int,
-        *,
-        device: torch.device | str = "cpu",
-        storage: torch.Tensor | None = None,
-    ) -> None:
-        shape = (layout.num_layers, num_pages, layout.block_bytes)
-        if storage is None:
-            storage = _allocate(shape, torch.device(device))
-        if storage.shape != shape or storage.dtype != torch.uint8:
-            raise ValueError(f"storage is {storage.dtype} {tuple(storage.shape)}; must be uint8 {shape}")
+    def __init__(self, layout: KVLayout, num_pages: int) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        self.storage = storage
         self.refcounts = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._views = [_block_views(storage[layer_idx], layout) for layer_idx in range(layout.num_layers)]
         self.evict: Callable[[int], int] | None = None  # frees up to n cached pages, returns how many
 
     @property
+    @abstractmethod
     def num_free(self) -> int:
         """Pages nobody holds and no cache remembers."""
-        return len(self._free)
 
-    def allocate(self, num_pages: int) -> list[int] | None:
-        """Page ids, each with reference count 1, or None (and nothing taken) if there are too few."""
-        missing = num_pages - len(self._free)
+    @abstractmethod
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page, all layers, before anything else is computed."""
+
+    @abstractmethod
+    def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
+        """So many free pages; there are enough."""
+
+    @abstractmethod
+    def _give_back(self, pages: list[int]) -> None:
+        """Pages become free."""
+
+    def allocate(self, num_pages: int, *, beside: Sequence[int] = ()) -> list[int] | None:
+        """Page ids, each with reference count 1, or None (and nothing taken) if there are too few.
+
+        Args:
+            num_pages: how many; in the order of one sequence.
+            beside: pages that these are to be copies of, one for each; they are put where a copy is cheap.
+        """
+        missing = num_pages - self.num_free
         if missing > 0 and self.evict is not None:
             self.evict(missing)
-        if num_pages > len(self._free):
+        if num_pages > self.num_free:
             return None
-        taken = [self._free.pop() for _ in range(num_pages)]
+        taken = self._take(num_pages, beside)
         for page in taken:
             self.refcounts[page] = 1
         return taken
@@ -86,7 +86,42 @@ class PagePool:
     def reclaim(self, pages: list[int]) -> None:
         """Make idle pages free for allocation."""
         assert all(self.refcounts[page] == 0 for page in pages)
-        self._free.extend(pages)
+        self._give_back(pages)
+
+
+class PagePool(PageAllocator):
+    """Pages of KV under a fixed byte budget, in this process.
+
+    Args:
+        layout: what a page looks like.
+        num_pages: how many there are.
+        device: where the storage lives.
+        storage: uint8 ``[num_layers, num_pages, block_bytes]`` to use instead of allocating (a shared-memory segment).
+
+    Reading and writing pages from other threads than the allocating one is safe for pages that are allocated to them.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: int,
+        *,
+        device: torch.device | str = "cpu",
+        storage: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(layout, num_pages)
+        shape = (layout.num_layers, num_pages, layout.block_bytes)
+        if storage is None:
+            storage = _allocate(shape, torch.device(device))
+        if storage.shape != shape or storage.dtype != torch.uint8:
+            raise ValueError(f"storage is {storage.dtype} {tuple(storage.shape)}; must be uint8 {shape}")
+        self.storage = storage
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._views = [_block_views(storage[layer_idx], layout) for layer_idx in range(layout.num_layers)]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
 
     def views(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, shaped as ``layout.order`` says, with a leading ``num_pages`` dimension; no copy."""
@@ -97,8 +132,13 @@ class PagePool:
         return self.storage[layer_idx, page : page + count].view(-1)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy one page, all layers."""
         self.storage[:, target].copy_(self.storage[:, source])
+
+    def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
+        return [self._free.pop() for _ in range(num_pages)]
+
+    def _give_back(self, pages: list[int]) -> None:
+        self._free.extend(pages)
 
 
 def _allocate(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from memory.pages import PagePool
+from memory.pages import PageAllocator
 
 DIGEST_BYTES = 16
 
@@ -62,7 +62,7 @@ class PrefixCache:
     Not thread-safe: used from the engine's thread, as the pool is.
     """
 
-    def __init__(self, pool: PagePool, *, enabled: bool = True) -> None:
+    def __init__(self, pool: PageAllocator, *, enabled: bool = True) -> None:
         self.pool = pool
         self.enabled = enabled
         self._page_of: dict[bytes, int] = {}

@@ -72,13 +72,13 @@ class GroupCarrier(Carrier):
         if self._is_nccl:
             return self._post_together(sends, receives)
         received: list[Transfer] = [
-            _WorkTransfer(dist.irecv(m.buffer, group=self._group, tag=m.tag, group_src=m.peer), m, "receive from")
+            WorkTransfer(dist.irecv(m.buffer, group=self._group, tag=m.tag, group_src=m.peer), m, "receive from")
             for m in receives
         ]
         sent: list[Transfer] = []
         for m in sends:
             work = dist.isend(m.buffer, group=self._group, tag=m.tag, group_dst=m.peer)
-            sent.append(_WorkTransfer(work, m, "send to"))
+            sent.append(WorkTransfer(work, m, "send to"))
         return sent, received
 
     def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
@@ -99,14 +99,14 @@ class GroupCarrier(Carrier):
             return [], []
         works = dist.batch_isend_irecv(operations)
         works = works * len(operations) if len(works) == 1 else works  # one for the whole group call
-        sent: list[Transfer] = [_WorkTransfer(w, m, "send to") for w, m in zip(works, sends, strict=False)]
+        sent: list[Transfer] = [WorkTransfer(w, m, "send to") for w, m in zip(works, sends, strict=False)]
         received: list[Transfer] = [
-            _WorkTransfer(w, m, "receive from") for w, m in zip(works[len(sends) :], receives, strict=True)
+            WorkTransfer(w, m, "receive from") for w, m in zip(works[len(sends) :], receives, strict=True)
         ]
         return sent, received
 
 
-class _WorkTransfer(Transfer):
+class WorkTransfer(Transfer):
     def __init__(self, work: Any, message: Message, verb: str) -> None:
         self._work, self._message = work, message  # the buffer lives as long as the transfer
         self.peer, self.verb = message.peer, verb

@@ -25,7 +25,7 @@ from longctx.errors import QueueFullError, RequestError
 from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
-from memory.pages import PagePool
+from memory.pages import PageAllocator
 from memory.prefix_cache import PrefixCache
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Engine:
     """
 
     def __init__(
-        self, decoder: PackedDecoder, pool: PagePool, *, tokenizer: Tokenizer, config: EngineConfig, max_context: int
+        self, decoder: PackedDecoder, pool: PageAllocator, *, tokenizer: Tokenizer, config: EngineConfig, max_context: int
     ) -> None:
         self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
         page_size = pool.layout.page_size

@@ -138,7 +138,7 @@ class Scheduler:
         """Share ``source``'s full pages with ``target`` and copy the partial one; False if no page is left for it."""
         num_full = source.num_computed // self._layout.page_size
         partial = source.pages[num_full:]
-        fresh = self.cache.pool.allocate(len(partial))
+        fresh = self.cache.pool.allocate(len(partial), beside=partial)
         if fresh is None:
             return False
         for old, new in zip(partial, fresh, strict=True):

@@ -13,6 +13,7 @@ PLANS = Registry(
         "ulysses": "parallel.plans.ulysses:plan_ulysses",
         "ulysses_ring": "parallel.plans.ulysses_ring:plan_ulysses_ring",
         "hybrid": "parallel.plans.hybrid:plan_hybrid",
+        "q_direct": "parallel.plans.q_direct:plan_q_direct",
         "fewest_bytes": "parallel.plans.fewest_bytes:plan_fewest_bytes",
     },
 )

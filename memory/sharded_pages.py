@@ -1,0 +1,91 @@
+"""Pages that lie on several ranks, as the rank that schedules sees them: ids, reference counts and where to put what.
+
+Page ``p`` is page ``p % pages_per_rank`` of the pool of rank ``p // pages_per_rank``. The pages of a prompt are dealt out
+as in the zigzag layout of sequence parallelism (``parallel/layout.py``), a stretch of what one step computes at a time,
+so that every rank has an equal share of each step's causal area. The bytes are elsewhere: each rank has a ``PagePool``
+of its own, and copies of pages are collected here for the next step to make.
+"""
+
+from collections.abc import Sequence
+
+from memory.layout import KVLayout
+from memory.pages import PageAllocator
+
+
+class ShardedPages(PageAllocator):
+    """The pages of ``world_size`` pools of ``pages_per_rank`` pages each.
+
+    Args:
+        layout: of every pool.
+        pages_per_rank: pages of each.
+        world_size: pools.
+        stretch_pages: pages of a prompt that one step computes, over all ranks.
+    """
+
+    def __init__(self, layout: KVLayout, pages_per_rank: int, *, world_size: int, stretch_pages: int) -> None:
+        super().__init__(layout, pages_per_rank * world_size)
+        self.pages_per_rank, self.world_size = pages_per_rank, world_size
+        self._stretch_pages = stretch_pages
+        self._free = [
+            list(range((rank + 1) * pages_per_rank - 1, rank * pages_per_rank - 1, -1)) for rank in range(world_size)
+        ]
+        self._copies: list[tuple[int, int]] = []
+
+    @property
+    def num_free(self) -> int:
+        return sum(map(len, self._free))
+
+    def rank_of(self, page: int) -> int:
+        """Who holds a page."""
+        return page // self.pages_per_rank
+
+    def copy_page(self, source: int, target: int) -> None:
+        if self.rank_of(source) != self.rank_of(target):
+            raise AssertionError(f"pages {source} and {target} lie on two ranks")
+        self._copies.append((source, target))
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Copies to make before the next step computes, in their order; they are forgotten here."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def allocate(self, num_pages: int, *, beside: Sequence[int] = ()) -> list[int] | None:
+        """See ``PageAllocator``; also None if a rank has no room for a copy beside its original."""
+        for rank in {self.rank_of(page) for page in beside}:
+            missing = sum(self.rank_of(page) == rank for page in beside) - len(self._free[rank])
+            while missing > 0 and self.evict is not None and self.evict(1):
+                missing = sum(self.rank_of(page) == rank for page in beside) - len(self._free[rank])
+            if missing > 0:
+                return None
+        return super().allocate(num_pages, beside=beside)
+
+    def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
+        if beside:
+            return [self._free[self.rank_of(page)].pop() for page in beside]
+        return [self._take_one(rank) for rank in self._deal(num_pages)]
+
+    def _deal(self, num_pages: int) -> list[int]:
+        """The rank of each page of a run; -1: any. A single page, which a growing sequence asks for, goes anywhere."""
+        if num_pages == 1:
+            return [-1]
+        num_stretches = -(-num_pages // self._stretch_pages)
+        ranks: list[int] = []
+        for index in range(num_stretches):
+            start, stop = num_pages * index // num_stretches, num_pages * (index + 1) // num_stretches
+            ranks += [self._zigzag(page, stop - start) for page in range(stop - start)]
+        return ranks
+
+    def _zigzag(self, page: int, num_pages: int) -> int:
+        num_chunks = 2 * self.world_size
+        chunk = ((page + 1) * num_chunks - 1) // num_pages  # chunk c is [c * num_pages // 2W, (c + 1) * num_pages // 2W)
+        return min(chunk, num_chunks - 1 - chunk)
+
+    def _take_one(self, rank: int) -> int:
+        """A page of ``rank``; of the one with most free pages if that has none, or for -1."""
+        if rank < 0 or not self._free[rank]:
+            rank = max(range(self.world_size), key=lambda each: len(self._free[each]))
+        return self._free[rank].pop()
+
+    def _give_back(self, pages: list[int]) -> None:
+        for page in pages:
+            self._free[self.rank_of(page)].append(page)

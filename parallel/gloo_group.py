@@ -1,0 +1,124 @@
+"""A gloo group of its own: made and closed by one object, without torch.distributed's global state.
+
+So one process may hold ranks of several groups, and a group can be made anew after one of its ranks was lost. Besides
+carrying an exchange's messages, rank 0 tells all others something (``tell``, ``listen``).
+"""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroupGloo, TCPStore
+
+from parallel.carrier import Carrier, ExchangeError, Message, Transfer, WorkTransfer
+
+TELL_TAG = 1 << 20  # tags from here on; plans count theirs from 0
+
+
+def open_meeting(address: str, *, timeout_s: float) -> TCPStore:
+    """Where ranks find each other, at rank 0; its ``port`` is the system's choice."""
+    return TCPStore(
+        address,
+        0,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+
+
+class GlooGroup(Carrier):
+    """One rank's side of a group.
+
+    Args:
+        rank, world_size: which of how many.
+        meeting: ``open_meeting``'s on rank 0, else its (address, port).
+        address: this rank's own.
+        timeout_s: longest time to find the others, and for any wait that names none.
+
+    Raises:
+        ExchangeError: if the others do not come.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, *, meeting: TCPStore | tuple[str, int], address: str, timeout_s: float
+    ) -> None:
+        self.rank, self.world_size, self._timeout_s = rank, world_size, timeout_s
+        timeout = datetime.timedelta(seconds=timeout_s)
+        try:
+            if isinstance(meeting, tuple):
+                host, port = meeting
+                meeting = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+            gloo: Any = ProcessGroupGloo
+            options = gloo._Options()
+            options._devices, options._timeout = [gloo.create_device(hostname=address)], timeout
+            self._store = meeting
+            self._group = ProcessGroupGloo(meeting, rank, world_size, options)
+        except RuntimeError as error:
+            raise ExchangeError(
+                f"rank {rank} of {world_size} at {address} did not find the others: {str(error).splitlines()[0]}"
+            ) from error
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
+        received: list[Transfer] = [
+            WorkTransfer(self._group.recv([m.buffer], m.peer, m.tag), m, "receive from") for m in receives
+        ]
+        sent: list[Transfer] = [WorkTransfer(self._group.send([m.buffer], m.peer, m.tag), m, "send to") for m in sends]
+        return sent, received
+
+    def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
+        own = torch.tensor(numbers, dtype=torch.int64)
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        work = self._group.allgather([everyone], [own])
+        work.wait(datetime.timedelta(seconds=timeout_s))
+        return [theirs.tolist() for theirs in everyone]
+
+    def tell(self, data: bytes) -> None:
+        """Rank 0: send ``data`` to every other rank. Raises ``ExchangeError`` if one is lost."""
+        head = torch.tensor([len(data)], dtype=torch.int64).view(torch.uint8)
+        body = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        others = range(1, self.world_size)
+        sends = [Message(part, peer, TELL_TAG + index) for peer in others for index, part in enumerate((head, body))]
+        self._finish(self.post(sends, [])[0], self._timeout_s)
+
+    def listen(self, timeout_s: float) -> bytes:
+        """Another rank: what rank 0 tells next. Raises ``ExchangeError`` if it is lost or silent for ``timeout_s``."""
+        head = torch.empty(8, dtype=torch.uint8)
+        self._finish(self.post([], [Message(head, 0, TELL_TAG)])[1], timeout_s)
+        body = torch.empty(int(head.view(torch.int64)), dtype=torch.uint8)
+        self._finish(self.post([], [Message(body, 0, TELL_TAG + 1)])[1], timeout_s)
+        return body.numpy().tobytes()
+
+    def gather_rows(self, own: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Rank 0 gets every rank's rows, ``[counts[rank], ...]`` of one dtype, in rank order; the others an empty list.
+
+        Raises ``ExchangeError`` if a rank is lost.
+        """
+        tag = TELL_TAG + 2
+        if self.rank:
+            if len(own):
+                self._finish(self.post([Message(_bytes_of(own), 0, tag)], [])[0], self._timeout_s)
+            return []
+        parts = [own, *(own.new_empty((count, *own.shape[1:])) for count in counts[1:])]
+        waiting = [Message(_bytes_of(part), rank, tag) for rank, part in enumerate(parts) if rank and len(part)]
+        self._finish(self.post([], waiting)[1], self._timeout_s)
+        return parts
+
+    def close(self) -> None:
+        """Leave the group; peers that wait for this rank are told by their connections."""
+        self._group.abort()
+
+    def _finish(self, transfers: Sequence[Transfer], timeout_s: float) -> None:
+        for transfer in transfers:
+            try:
+                transfer.wait(timeout_s)
+            except RuntimeError as error:
+                raise ExchangeError(
+                    f"rank {self.rank} could not {transfer.verb} rank {transfer.peer} within {timeout_s:g} s: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.is_contiguous()
+    return tensor.view(-1).view(torch.uint8)
