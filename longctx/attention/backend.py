@@ -1,7 +1,8 @@
 """The interface of an attention implementation over paged KV.
 
-An implementation overrides ``store`` and ``attend``; one that fuses the steps before them overrides ``prepare``.
-Shape legend: T tokens, H query heads, K KV heads, D head dim, C = (H + 2K) * D.
+An implementation overrides ``store`` and ``attend``; one that fuses the steps before them overrides ``prepare``, one
+with a kernel for ranges of keys ``attend_ranges``.
+Shape legend: T tokens, S rows of ranges, H query heads, K KV heads, D head dim, C = (H + 2K) * D.
 """
 
 from abc import ABC, abstractmethod
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.attention.batch import AttentionShape, PackedBatch
+from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
+from longctx.attention.range_attention import attend_key_ranges
+from memory.pages import PagePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,28 @@ class AttentionBackend(ABC):
     @abstractmethod
     def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
         """Causal attention of each segment's queries over its pages; returns ``[T, H * D]`` in q's dtype."""
+
+    def attend_ranges(
+        self,
+        q_SHD: torch.Tensor,
+        shape: AttentionShape,
+        ranges: KeyRanges,
+        pool: PagePool,
+        *,
+        first_kv_head: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of rotated queries to ranges of keys: a partial result, to be merged with other keys'.
+
+        Args:
+            q_SHD: ``[S, H, D]``; H and K are those of ``shape`` and may be a part of the model's heads.
+            shape: its window is not looked at: ``ranges`` are the mask, and the whole of it.
+            first_kv_head: the pool's KV head that the first ``H / K`` query heads read.
+
+        Returns:
+            Output, float32 ``[S, H, D]``, and the natural logarithm of the sum of ``exp(scale * q . k)``, float32
+            ``[S, H]``. A row that sees nothing is zeros and minus infinity.
+        """
+        return attend_key_ranges(q_SHD, shape, ranges, pool, first_kv_head=first_kv_head)
 
     def prepare(
         self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch

@@ -1,7 +1,7 @@
 """The packed batch that one forward pass computes, and what an attention layer is told about itself.
 
 Shape legend: T tokens in the batch, B segments (one per sequence), R rows whose logits are wanted, P pages of the
-longest block table, D rotary dimensions.
+longest block table, D rotary dimensions, S query rows of ranges.
 """
 
 from collections.abc import Callable
@@ -46,3 +46,17 @@ class PackedBatch:
     @property
     def num_segments(self) -> int:
         return self.kv_lens_B.shape[0]
+
+
+@dataclass(slots=True)
+class KeyRanges:
+    """Query rows that each see one range of their segment's keys: B segments of S rows. On the model's device.
+
+    Key t of a segment is slot ``t % page_size`` of page ``table[t // page_size]``. Ranges are counted over the
+    segment's table, which need not hold all of the sequence's pages.
+    """
+
+    cu_seqlens_B1: torch.Tensor  # int32 [B + 1], segment borders in S
+    block_tables_BP: torch.Tensor  # int32, page ids in key order; rows may share memory (stride 0)
+    first_S: torch.Tensor  # int32, the first key that a row sees
+    last_S: torch.Tensor  # int32, one after the last key that it sees; first >= last: it sees nothing

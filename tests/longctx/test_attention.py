@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from longctx.attention.backend import HeadNorm
-from longctx.attention.batch import AttentionShape, PackedBatch
+from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
 from longctx.attention.registry import ATTENTION
 from memory.layout import KVLayout
+from memory.page_rows import write_rows
 from memory.pages import PagePool
+from parallel.merge import merge_partial_
 
 CPU = torch.device("cpu")
 NAMES = ("native", "torch")
@@ -190,6 +192,119 @@ def test_native_row_does_not_depend_on_company(dtype):
         for first in range(0, 200, 50)
     ]
     assert torch.equal(alone, torch.cat(chunked))
+
+
+def fill_pages(pool, tables, lengths):
+    """Random KV for each sequence in layer 1, in float64 as the pages hold it."""
+    layout, kvs = pool.layout, []
+    for table, length in zip(tables, lengths, strict=True):
+        token = torch.arange(length)
+        slots = table[token // layout.page_size].long() * layout.page_size + token % layout.page_size
+        kv = torch.randn(2, length, layout.num_kv_heads, layout.head_dim).to(pool.views(1)[0].dtype)
+        write_rows(pool, 1, slots, kv[0], kv[1])
+        kvs.append(kv.double())
+    return kvs
+
+
+def ranges_reference(q_SHD, k_LKD, v_LKD, first_S, last_S, *, scale):
+    """Softmax over the keys of each row's range and its log-sum-exp, float64, one segment."""
+    group, key = q_SHD.shape[1] // k_LKD.shape[1], torch.arange(k_LKD.shape[0])
+    k, v = (x.repeat_interleave(group, 1) for x in (k_LKD, v_LKD))
+    scores = torch.einsum("qhd,khd->qhk", q_SHD.double(), k) * scale
+    seen = (key >= first_S[:, None]) & (key < last_S[:, None])
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    out = torch.einsum("qhk,khd->qhd", scores.softmax(-1), v)
+    return out.masked_fill(~seen.any(1)[:, None, None], 0.0), scores.logsumexp(-1)
+
+
+def random_ranges(num_rows, num_keys):
+    """Ranges of any length; every fourth row sees nothing, written in different ways."""
+    first, last = torch.randint(0, num_keys + 1, (2, num_rows)).sort(0).values.int()
+    if num_rows > 1:
+        last[::4] = (first[::4] - torch.arange(len(first[::4])) % 3).clamp_min(0)
+    return first, last
+
+
+RANGE_SHAPES = [
+    # heads, KV heads, head dim, page size, KV heads attended
+    (12, 4, 64, 64, (0, 4)),
+    (12, 4, 64, 16, (1, 3)),
+    (8, 8, 32, 16, (5, 8)),
+    (4, 1, 128, 64, (0, 1)),
+    (4, 2, 96, 32, (1, 2)),
+    (14, 2, 80, 48, (0, 2)),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads,kv_heads,dim,page_size,attended", RANGE_SHAPES)
+def test_ranges_equal_the_formula(name, dtype, heads, kv_heads, dim, page_size, attended):
+    torch.manual_seed(5)
+    backend = make_backend(name, dtype, dim)
+    lengths, num_rows = (700, 5000, 130, 2100, 33), (50, 1, 0, 1, 33)
+    widths = [-(-length // page_size) for length in lengths]
+    pool = make_pool(
+        backend, num_kv_heads=kv_heads, head_dim=dim, page_size=page_size, dtype=dtype, num_pages=sum(widths)
+    )
+    tables = torch.zeros(len(lengths), max(widths), dtype=torch.int32)
+    for table, pages in zip(tables, torch.randperm(sum(widths)).split(widths), strict=True):
+        table[: len(pages)] = pages
+    kvs = fill_pages(pool, tables, lengths)
+    parts = [random_ranges(rows, keys) for rows, keys in zip(num_rows, lengths, strict=True)]
+    parts[1] = torch.tensor([[100], [4990]], dtype=torch.int32)  # parts of three splits
+    window = torch.arange(33, dtype=torch.int32)
+    parts[4] = ((window - 6).clamp_min(0), window + 1)
+    group, (low, high) = heads // kv_heads, attended
+    q = torch.randn(sum(num_rows), heads, dim).to(dtype)[:, low * group : high * group]
+    shape = AttentionShape(1, (high - low) * group, high - low, dim, dim**-0.5, window=3)
+    borders = torch.tensor([0, *torch.tensor(num_rows).cumsum(0)], dtype=torch.int32)
+    ranges = KeyRanges(borders, tables, torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+    out, lse = backend.attend_ranges(q, shape, ranges, pool, first_kv_head=low)
+    assert out.dtype == lse.dtype == torch.float32 and out.shape == q.shape and lse.shape == q.shape[:2]
+    rows = q.split(num_rows), out.split(num_rows), lse.split(num_rows), parts, kvs
+    for q_SHD, got_out, got_lse, (first, last), kv in zip(*rows, strict=True):
+        k, v = kv[:, :, low:high]
+        want_out, want_lse = ranges_reference(q_SHD, k, v, first, last, scale=shape.scale)
+        torch.testing.assert_close(got_out.double(), want_out, rtol=0, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(got_lse.double(), want_lse, rtol=0, atol=TOLERANCE[dtype])
+        assert not got_out[first >= last].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows_per_segment", [1, 10])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_parts_of_the_keys_merge_to_the_whole(name, rows_per_segment, page_size):
+    torch.manual_seed(6)
+    backend = make_backend(name, torch.float32, 32)
+    num_keys, num_rows, num_parts = 4500, 20, 3
+    num_pages = -(-num_keys // page_size)
+    pool = make_pool(
+        backend, num_kv_heads=2, head_dim=32, page_size=page_size, dtype=torch.float32, num_pages=num_pages
+    )
+    table = torch.randperm(num_pages).int()
+    fill_pages(pool, table[None], [num_keys])
+    q, shape = torch.randn(num_rows, 6, 32), AttentionShape(1, 6, 2, 32, 0.3)
+    first, last = random_ranges(num_rows, num_keys)
+    borders = torch.arange(0, num_rows + 1, rows_per_segment, dtype=torch.int32)
+
+    def attend(pages, first, last):
+        shared = table[pages].expand(len(borders) - 1, len(pages))  # one table in memory for every segment
+        return backend.attend_ranges(q, shape, KeyRanges(borders, shared, first.int(), last.int()), pool)
+
+    want_out, want_lse = attend(torch.arange(num_pages), first, last)
+    out, lse = torch.zeros_like(want_out), torch.full_like(want_lse, -math.inf)
+    owner_of_page = torch.randint(0, num_parts, (num_pages,))
+    owner_of_key = owner_of_page.repeat_interleave(page_size)[:num_keys]
+    for part in range(num_parts):
+        keys_before = torch.cat((torch.zeros(1), (owner_of_key == part).cumsum(0)))
+        part_out, part_lse = attend((owner_of_page == part).nonzero()[:, 0], keys_before[first], keys_before[last])
+        seen = part_lse[:, 0] > -math.inf  # what merge_partial_ asks for
+        merged_out, merged_lse = out[seen], lse[seen]
+        merge_partial_(merged_out, merged_lse, part_out[seen], part_lse[seen])
+        out[seen], lse[seen] = merged_out, merged_lse
+    torch.testing.assert_close(out, want_out, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
