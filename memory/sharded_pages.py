@@ -1,8 +1,8 @@
 """Pages that lie on several ranks, as the rank that schedules sees them: ids, reference counts and where to put what.
 
-Page ``p`` is page ``p % pages_per_rank`` of the pool of rank ``p // pages_per_rank``. The pages of a prompt are dealt out
-as in the zigzag layout of sequence parallelism (``parallel/layout.py``), a stretch of what one step computes at a time,
-so that every rank has an equal share of each step's causal area. The bytes are elsewhere: each rank has a ``PagePool``
+Page ``p`` is page ``p % pages_per_rank`` of the pool of rank ``p // pages_per_rank``. The pages of a prompt are dealt
+out as in the zigzag layout of sequence parallelism (``parallel/layout.py``), a stretch of what one step computes at a
+time, so that every rank has an equal share of each step's causal area. The bytes are elsewhere: each rank has a ``PagePool``
 of its own, and copies of pages are collected here for the next step to make.
 """
 
@@ -77,7 +77,9 @@ class ShardedPages(PageAllocator):
 
     def _zigzag(self, page: int, num_pages: int) -> int:
         num_chunks = 2 * self.world_size
-        chunk = ((page + 1) * num_chunks - 1) // num_pages  # chunk c is [c * num_pages // 2W, (c + 1) * num_pages // 2W)
+        chunk = (
+            (page + 1) * num_chunks - 1
+        ) // num_pages  # chunk c is [c * num_pages // 2W, (c + 1) * num_pages // 2W)
         return min(chunk, num_chunks - 1 - chunk)
 
     def _take_one(self, rank: int) -> int:

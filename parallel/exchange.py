@@ -105,6 +105,9 @@ class Exchange:
         """What is held once a move has brought its part."""
         return held
 
+    def dropped(self, key: Key) -> None:
+        """What is no more held: nothing behind this step needs it."""
+
     def sums_for(self, work: Work, kind: str) -> Held:
         """Where results on ``work``'s queries or keys are added up here."""
         owner = work.q_owner if kind == "q" else work.kv_owner
@@ -200,12 +203,13 @@ class Exchange:
     def _drop(self, step: int) -> None:
         for key in [key for key in self._held if self._last_use[key] <= step]:
             del self._held[key]
+            self.dropped(key)
 
 
-class Forward(Exchange):
+class ForwardExchange(Exchange):
     """Attention; afterwards ``out`` ``[B, S, H, D]`` and ``lse`` ``[B, S, H]`` are this rank's, not yet rounded.
 
-    With ``has_backward``, ``kept`` is what arrived, if the plan keeps it; else it is dropped as soon as it is used up.
+    With ``keeps``, ``kept`` is what arrived; else it is dropped as soon as it is used up.
     """
 
     def __init__(
@@ -213,39 +217,16 @@ class Forward(Exchange):
         plan: Plan,
         rank: int,
         carrier: Carrier,
-        kernel: TileKernel,
-        q_BSHD: torch.Tensor,
-        k_BLKD: torch.Tensor,
-        v_BLKD: torch.Tensor,
-        scale: float,
+        own: dict[str, tuple[torch.Tensor, ...]],
         *,
-        has_backward: bool = True,
+        keeps: bool = False,
     ) -> None:
         self.kept: dict[Key, Held] = {}
-        self._keeps = plan.keeps and has_backward
-        self._kernel, self._scale = kernel, scale
-        self._template = q_BSHD
-        self._dtype = accumulator_dtype(q_BSHD.dtype)
-        super().__init__(plan, rank, carrier, {"q": (q_BSHD,), "kv": (k_BLKD, v_BLKD)})
-        self.out, self.lse = self.new_sums("q", q_BSHD.shape[1], plan.problem.all_heads)
-
-    def compute(self, work: Work, q: Held, kv: Held) -> None:
-        sums = self.sums_for(work, "q")
-        for tile in work.tiles:
-            (q_BSHD,) = q.cut(tile.q_start, tile.q_stop)
-            k_BLKD, v_BLKD = kv.cut(tile.kv_start, tile.kv_stop)
-            out_BSHD, lse_BSH = sums.cut(tile.q_start, tile.q_stop)
-            for hs, ks in split_heads(work.heads, self.plan.problem.group_size):
-                attend_tile_(
-                    self._kernel,
-                    tile,
-                    q_BSHD[:, :, hs],
-                    k_BLKD[:, :, ks],
-                    v_BLKD[:, :, ks],
-                    out_BSHD[:, :, hs],
-                    lse_BSH[:, :, hs],
-                    self._scale,
-                )
+        self._keeps = keeps
+        (self._template,) = own["q"]
+        self._dtype = accumulator_dtype(self._template.dtype)
+        super().__init__(plan, rank, carrier, own)
+        self.out, self.lse = self.new_sums("q", self._template.shape[1], plan.problem.all_heads)
 
     def arrived(self, key: Key, held: Held) -> Held:
         if self._keeps:
@@ -271,6 +252,45 @@ class Forward(Exchange):
             num_rows,
         )
         return out.zero_(), lse.fill_(float("-inf"))
+
+
+class Forward(ForwardExchange):
+    """Attention over tensors, tile by tile."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        carrier: Carrier,
+        kernel: TileKernel,
+        q_BSHD: torch.Tensor,
+        k_BLKD: torch.Tensor,
+        v_BLKD: torch.Tensor,
+        scale: float,
+        *,
+        has_backward: bool = True,
+    ) -> None:
+        self._kernel, self._scale = kernel, scale
+        own = {"q": (q_BSHD,), "kv": (k_BLKD, v_BLKD)}
+        super().__init__(plan, rank, carrier, own, keeps=plan.keeps and has_backward)
+
+    def compute(self, work: Work, q: Held, kv: Held) -> None:
+        sums = self.sums_for(work, "q")
+        for tile in work.tiles:
+            (q_BSHD,) = q.cut(tile.q_start, tile.q_stop)
+            k_BLKD, v_BLKD = kv.cut(tile.kv_start, tile.kv_stop)
+            out_BSHD, lse_BSH = sums.cut(tile.q_start, tile.q_stop)
+            for hs, ks in split_heads(work.heads, self.plan.problem.group_size):
+                attend_tile_(
+                    self._kernel,
+                    tile,
+                    q_BSHD[:, :, hs],
+                    k_BLKD[:, :, ks],
+                    v_BLKD[:, :, ks],
+                    out_BSHD[:, :, hs],
+                    lse_BSH[:, :, hs],
+                    self._scale,
+                )
 
 
 class Backward(Exchange):

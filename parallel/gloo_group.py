@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import TCPStore
 
 from parallel.carrier import Carrier, ExchangeError, Message, Transfer, WorkTransfer
 
@@ -49,11 +50,11 @@ class GlooGroup(Carrier):
             if isinstance(meeting, tuple):
                 host, port = meeting
                 meeting = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-            gloo: Any = ProcessGroupGloo
+            gloo: Any = dist.ProcessGroupGloo  # torch's stubs leave out its methods
             options = gloo._Options()
             options._devices, options._timeout = [gloo.create_device(hostname=address)], timeout
-            self._store = meeting
-            self._group = ProcessGroupGloo(meeting, rank, world_size, options)
+            self._store = meeting  # lives as long as the group
+            self._group = gloo(meeting, rank, world_size, options)
         except RuntimeError as error:
             raise ExchangeError(
                 f"rank {rank} of {world_size} at {address} did not find the others: {str(error).splitlines()[0]}"

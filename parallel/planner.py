@@ -50,9 +50,11 @@ def pick(candidates: Sequence[Candidate]) -> Candidate:
     return min((each for each in candidates if each.seconds <= limit), key=lambda each: each.num_bytes)
 
 
-@lru_cache(maxsize=256)
-def make_plan(name: str, problem: Problem, links: LinkModel, *, backward: bool = False) -> Plan:
+def plan_anew(name: str, problem: Problem, links: LinkModel, *, backward: bool = False) -> Plan:
     """The plan ``name``, or for ``auto`` the one to run. Raises ``ValueError`` if it is unknown or cannot do it."""
     if name == "auto":
         return pick(rank_plans(problem, links, backward=backward)).plan
     return PLANS.get(name)(problem)
+
+
+make_plan = lru_cache(maxsize=256)(plan_anew)  # for problems that come again

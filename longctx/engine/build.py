@@ -1,9 +1,11 @@
 """From the ``model`` and ``engine`` groups of the configuration to an engine."""
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -19,8 +21,14 @@ from longctx.models.config import ModelConfig
 from longctx.models.loading import load_model
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import load_tokenizer
+from longctx.shards.attention import ShardedAttention
+from longctx.shards.plans import PlanChoice
+from longctx.shards.rank import ShardRank
+from longctx.shards.runner import ShardRunner
 from memory.layout import KVLayout
 from memory.pages import DTYPES, PagePool
+from memory.sharded_pages import ShardedPages
+from parallel.gloo_group import GlooGroup
 
 logger = logging.getLogger(__name__)
 
@@ -33,53 +41,152 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USAGE = Path("/sys/fs/cgroup/memory.current")
 
 
+@dataclass(frozen=True, slots=True)
+class ShardGroup:
+    """The ranks that share one engine's sequences, and this one among them.
+
+    ``node`` names the machine: ranks on one share its cores.
+    """
+
+    group: GlooGroup
+    node: str
+    choice: PlanChoice = field(default_factory=PlanChoice)
+    timeout_s: float = 300.0  # longest wait for another rank
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    spec: ModelSpec
+    decoder: PackedDecoder
+    pool: PagePool
+    max_context: int
+
+
 def build_engine(
     model_config: ModelConfig,
     engine_config: EngineConfig,
     *,
     make_pool: MakePool | None = None,
     random_weights_seed: int | None = None,
+    shards: ShardGroup | None = None,
 ) -> Engine:
     """Load a model and make an engine for it.
 
     Args:
         model_config: which checkpoint, and how it runs.
-        engine_config: pages, batches and queues.
+        engine_config: pages, batches and queues; with ``shards``, of each rank.
         make_pool: makes the page pool from a layout and a number of pages, where its storage is not plain memory.
         random_weights_seed: make the weights up (benchmarks).
+        shards: the ranks that share its sequences; this process is rank 0, the others call ``build_rank``.
 
     Raises:
         CheckpointError: the checkpoint cannot be served.
         ConfigError: naming the key, its value and what is allowed.
+        ExchangeError: if a rank is lost.
     """
+    parts = _load(model_config, engine_config, make_pool, random_weights_seed, shards)
+    tokenizer = load_tokenizer(parts.spec, model_config.chat_template)
+    decoder, pool = parts.decoder, parts.pool
+    if shards is None:
+        engine = Engine(decoder, pool, tokenizer=tokenizer, config=engine_config, max_context=parts.max_context)
+    else:
+        world_size, layout = shards.group.world_size, pool.layout
+        config = replace(engine_config, max_batch_tokens=world_size * engine_config.max_batch_tokens)
+        pages = ShardedPages(
+            layout,
+            pool.num_pages,
+            world_size=world_size,
+            stretch_pages=max(1, config.max_batch_tokens // layout.page_size),
+        )
+        rank = _make_rank(parts, shards)
+        engine = Engine(
+            decoder,
+            pages,
+            tokenizer=tokenizer,
+            config=config,
+            max_context=parts.max_context,
+            make_runner=lambda rows: ShardRunner(rank, pages, shards.group, rows=rows, timeout_s=shards.timeout_s),
+        )
+    logger.info(
+        "%s: %s on %s, attention %s, %d pages of %d tokens (%.0f MiB), context %d tokens",
+        parts.spec.name,
+        str(decoder.dtype).removeprefix("torch."),
+        decoder.device,
+        decoder.backend.name,
+        engine.pool.num_pages,
+        pool.layout.page_size,
+        engine.pool.num_pages * pool.layout.page_bytes / 2**20,
+        engine.max_context,
+    )
+    return engine
+
+
+def build_rank(
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    shards: ShardGroup,
+    *,
+    make_pool: MakePool | None = None,
+    random_weights_seed: int | None = None,
+) -> ShardRank:
+    """Another rank than 0 of a sharded engine, to be handed to ``follow``; see ``build_engine``."""
+    return _make_rank(_load(model_config, engine_config, make_pool, random_weights_seed, shards), shards)
+
+
+def _load(
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    make_pool: MakePool | None,
+    random_weights_seed: int | None,
+    shards: ShardGroup | None,
+) -> _Parts:
     spec = inspect_checkpoint(model_config.path, require_weights=random_weights_seed is None)
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)
     backend = _choose_attention(model_config.attention, spec, device=device, dtype=dtype)
     page_size = _choose_page_size(engine_config.page_size, backend)
-    tokenizer = load_tokenizer(spec, model_config.chat_template)
+    num_sharing = 1 if shards is None else _count_on_node(shards)
     if device.type == "cpu":
-        torch.set_num_threads(engine_config.num_threads or _count_cores())
+        torch.set_num_threads(engine_config.num_threads or max(1, _count_cores() // num_sharing))
     loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed)
+    if shards is not None:
+        backend = ShardedAttention(backend, shards.group, timeout_s=shards.timeout_s)
     decoder = PackedDecoder(loaded, backend)
     decoder.rotary.reserve(max_context)
     layout = decoder.layout(page_size)
-    num_pages = _count_pages(engine_config, layout, device, max_context=max_context)
+    world_size = 1 if shards is None else shards.group.world_size
+    num_pages = _count_pages(engine_config, layout, device, max_context=max_context, world_size=world_size)
+    if shards is not None:
+        num_pages = _agree_on_pages(shards, layout, num_pages)
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
-    engine = Engine(decoder, pool, tokenizer=tokenizer, config=engine_config, max_context=max_context)
-    logger.info(
-        "%s: %s on %s, attention %s, %d pages of %d tokens (%.0f MiB), context %d tokens",
-        spec.name,
-        str(dtype).removeprefix("torch."),
-        device,
-        backend.name,
-        num_pages,
-        page_size,
-        num_pages * layout.page_bytes / 2**20,
-        engine.max_context,
+    return _Parts(spec, decoder, pool, max_context)
+
+
+def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
+    return ShardRank(
+        parts.decoder,
+        parts.pool,
+        rank=shards.group.rank,
+        world_size=shards.group.world_size,
+        pages_per_rank=parts.pool.num_pages,
+        choice=shards.choice,
     )
-    return engine
+
+
+def _count_on_node(shards: ShardGroup) -> int:
+    """Ranks on this rank's machine."""
+    own = int.from_bytes(hashlib.blake2b(shards.node.encode(), digest_size=7).digest(), "big")
+    return shards.group.gather_numbers([own], shards.timeout_s).count([own])
+
+
+def _agree_on_pages(shards: ShardGroup, layout: KVLayout, num_pages: int) -> int:
+    """The fewest pages that any rank has room for; raises ``ConfigError`` if the ranks have unlike models."""
+    digest = int(layout.digest(), 16) >> 1
+    everyone = shards.group.gather_numbers([num_pages, digest], shards.timeout_s)
+    if any(theirs != digest for _, theirs in everyone):
+        raise ConfigError("the ranks of one worker have different models, KV dtypes, page sizes or attentions")
+    return min(theirs for theirs, _ in everyone)
 
 
 def choose_device(name: str) -> torch.device:
@@ -115,8 +222,10 @@ def _choose_page_size(page_size: int | None, backend: AttentionBackend) -> int:
     return page_size
 
 
-def _count_pages(config: EngineConfig, layout: KVLayout, device: torch.device, *, max_context: int) -> int:
-    """Pages within the KV budget, and never more than ``max_sequences`` full contexts fill."""
+def _count_pages(
+    config: EngineConfig, layout: KVLayout, device: torch.device, *, max_context: int, world_size: int
+) -> int:
+    """Pages within this rank's KV budget, and never more than its share of ``max_sequences`` full contexts."""
     budget = parse_budget(config.kv_bytes)
     is_auto = budget is None
     if budget is None:
@@ -134,12 +243,12 @@ def _count_pages(config: EngineConfig, layout: KVLayout, device: torch.device, *
             f"{layout.page_bytes} bytes ({layout.page_size} tokens, all layers)"
         )
     if is_auto:
-        num_pages = min(num_pages, config.max_sequences * layout.num_pages(max_context))
-    if num_pages * layout.page_size < max_context:
+        num_pages = min(num_pages, -(-config.max_sequences * layout.num_pages(max_context) // world_size))
+    if num_pages * world_size * layout.page_size < max_context:
         logger.warning(
             "engine.kv_bytes=%s holds %d tokens; the model's context of %d is cut to that",
             config.kv_bytes,
-            num_pages * layout.page_size,
+            num_pages * world_size * layout.page_size,
             max_context,
         )
     return num_pages

@@ -8,6 +8,7 @@ KV arrives. Not thread-safe: ``EngineLoop`` runs it on one thread.
 
 import logging
 import secrets
+from collections.abc import Callable
 
 import torch
 
@@ -17,7 +18,7 @@ from longctx.engine.config import EngineConfig
 from longctx.engine.continuation import Continuation
 from longctx.engine.export import KVExport, Reservation
 from longctx.engine.rows import DecodeRows
-from longctx.engine.runner import ModelRunner
+from longctx.engine.runner import ModelRunner, Runner
 from longctx.engine.sampling import Sampler
 from longctx.engine.scheduler import Chunk, Scheduler
 from longctx.engine.sequence import ActiveRequest, Int64Array, RopeLengths, Sequence
@@ -25,7 +26,7 @@ from longctx.errors import QueueFullError, RequestError
 from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
-from memory.pages import PageAllocator
+from memory.pages import PageAllocator, PagePool
 from memory.prefix_cache import PrefixCache
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,18 @@ class Engine:
         tokenizer: for text, and for the ids that end one.
         config: batch and queue sizes.
         max_context: tokens of prompt and output together; lowered to what the pool holds.
+        make_runner: what computes the steps, given the decoding sequences; None: this process alone.
     """
 
     def __init__(
-        self, decoder: PackedDecoder, pool: PageAllocator, *, tokenizer: Tokenizer, config: EngineConfig, max_context: int
+        self,
+        decoder: PackedDecoder,
+        pool: PageAllocator,
+        *,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        max_context: int,
+        make_runner: Callable[[DecodeRows], Runner] | None = None,
     ) -> None:
         self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
         page_size = pool.layout.page_size
@@ -63,14 +72,8 @@ class Engine:
             max_sequences=config.max_sequences,
             rope_lengths=_rope_lengths(decoder),
         )
-        self._runner = ModelRunner(
-            decoder, pool, rows=self._rows, device=decoder.device, needs_rope_lens=decoder.rotary.depends_on_length
-        )
         self._model_context = max_context
-        if config.cuda_graphs and decoder.device.type == "cuda" and not decoder.rotary.depends_on_length:
-            from longctx.engine.cuda_graphs import capture_decode_graphs
-
-            capture_decode_graphs(self._runner, max_sequences=config.max_sequences, max_kv_len=max_context)
+        self._runner = (make_runner or self._make_runner)(self._rows)
         self.max_context = min(max_context, self.cache.num_available * page_size)
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)
         self._announcer = LayerAnnouncer(num_layers=pool.layout.num_layers, page_size=page_size)
@@ -232,7 +235,26 @@ class Engine:
             details={"num_steps": float(self._num_steps), "num_reserved": float(len(self._reserved))},
         )
 
+    def keep_alive(self) -> None:
+        """Called now and then while there is nothing to compute."""
+        self._runner.keep_alive()
+
+    def close(self) -> None:
+        """Nothing is computed any more."""
+        self._runner.close()
+
     # Inside
+
+    def _make_runner(self, rows: DecodeRows) -> Runner:
+        decoder, pool, config = self.decoder, self.pool, self.config
+        assert isinstance(pool, PagePool)
+        depends_on_length = decoder.rotary.depends_on_length
+        runner = ModelRunner(decoder, pool, rows=rows, device=decoder.device, needs_rope_lens=depends_on_length)
+        if config.cuda_graphs and decoder.device.type == "cuda" and not depends_on_length:
+            from longctx.engine.cuda_graphs import capture_decode_graphs
+
+            capture_decode_graphs(runner, max_sequences=config.max_sequences, max_kv_len=self._model_context)
+        return runner
 
     def _activate(self, request: GenerationRequest, export: KVExport | None) -> ActiveRequest:
         if request.request_id in self._requests or request.request_id in self._reserved:

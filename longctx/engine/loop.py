@@ -80,12 +80,13 @@ class EngineLoop:
             if self.engine.has_work:
                 self._deliver(self._step())
         self._deliver(self.engine.fail_all("the engine was stopped", "abort"))
+        self.engine.close()
 
     def _run_calls(self) -> bool:
         """Run pending calls, waiting for one while there is nothing to compute; False once the loop is closed."""
         while True:
             with self._wake:
-                while not self._calls and not self._is_closing and not self.engine.has_work:
+                if not self._calls and not self._is_closing and not self.engine.has_work:
                     self._wake.wait(IDLE_WAIT_S)
                 calls = list(self._calls)
                 self._calls.clear()
@@ -94,6 +95,7 @@ class EngineLoop:
                 run()
             if is_closing or self.engine.has_work:
                 return not is_closing
+            self.engine.keep_alive()
 
     def _step(self) -> list[OutputDelta]:
         try:

@@ -25,6 +25,22 @@ class Decoder(Protocol):
         ...
 
 
+class Runner(Protocol):
+    """What the engine needs of whatever computes its steps."""
+
+    def run(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """See ``ModelRunner.run``."""
+        ...
+
+    def keep_alive(self) -> None:
+        """Called now and then between steps."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is run any more."""
+        ...
+
+
 class DecodeGraphs(Protocol):
     """Captured decode steps (``longctx.engine.cuda_graphs``)."""
 
@@ -105,6 +121,12 @@ class ModelRunner:
             # Nobody reads tokens back from this step, so nothing else waits until the pinned arrays may be written.
             torch.cuda.current_stream(self._stream_owner).synchronize()
         return logits
+
+    def keep_alive(self) -> None:
+        """Nobody waits for it."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def _lay_out(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None) -> PackedBatch:
         rows, inputs = self.rows, self.inputs

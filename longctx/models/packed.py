@@ -85,6 +85,19 @@ class PackedDecoder:
 
         Sets ``batch.cos_TD`` and ``batch.sin_TD``.
         """
+        hidden_RC = self.hidden(batch)
+        return self.logits(hidden_RC)
+
+    @torch.inference_mode()
+    def logits(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[R, V]`` of what ``hidden`` returned."""
+        if hidden_RC.shape[0] == 0:
+            return hidden_RC.new_empty(0, self.spec.vocab_size, dtype=torch.float32)
+        return self._head(hidden_RC).float()
+
+    @torch.inference_mode()
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """As ``forward``, up to the output matrix: normalised ``[R, C]``."""
         attend, add_rms_norm, activate, eps = self.backend.forward, self.backend.add_rms_norm, self._activate, self._eps
         self.rotary.reserve(batch.max_kv_len)
         batch.cos_TD, batch.sin_TD = self.rotary.lookup(batch.positions_T, batch.rope_lens_T)
@@ -100,10 +113,19 @@ class PackedDecoder:
                 x_TC = x_TC.index_select(0, batch.logit_rows_R)
                 attended_TC = attended_TC.index_select(0, batch.logit_rows_R)
                 if x_TC.shape[0] == 0:
-                    return x_TC.new_empty(0, self.spec.vocab_size, dtype=torch.float32)
+                    return x_TC
             normed_TC = add_rms_norm(x_TC, layer.output(attended_TC), layer.mlp_norm, eps)
             normed_TC = add_rms_norm(x_TC, layer.down(activate(layer.gate_up(normed_TC))), layer.next_norm, eps)
-        return self._head(normed_TC).float()
+        return normed_TC
+
+    @property
+    def attention_shapes(self) -> list[AttentionShape]:
+        """Of every layer, in order."""
+        return [layer.shape for layer in self._layers]
+
+    def no_hidden(self) -> torch.Tensor:
+        """What ``hidden`` returns for a batch that wants no logits."""
+        return torch.empty((0, self._embedding.shape[1]), dtype=self.dtype, device=self.device)
 
     def _choose_activation(self, mlp: Any, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """``[T, 2 * I]`` (gate first) to ``[T, I]``: the backend's SiLU, or the transformers activation times up."""

@@ -76,8 +76,7 @@ def test_two_groups_live_in_one_process_and_a_lost_rank_is_named():
     first, second = make_group(2), make_group(2)
     first[1].close()
     with pytest.raises(ExchangeError, match="rank 0 could not send to rank 1"):
-        for _ in range(3):  # the first messages may still be taken by the system
-            first[0].tell(b"x" * 4_000_000)
+        first[0].tell(b"x" * 16_000_000)  # more than the system takes for a peer that is gone
     heard = on_all(second, lambda group: group.tell(b"still here") if group.rank == 0 else group.listen(5.0))
     assert heard[1] == b"still here"
 
@@ -90,5 +89,5 @@ def test_silence_is_an_error_in_time():
 
 def test_a_rank_that_never_comes_is_an_error():
     meeting = open_meeting(LOOPBACK, timeout_s=1.0)
-    with pytest.raises(ExchangeError, match="rank 0 of 2 at 127.0.0.1 did not find the others"):
+    with pytest.raises(ExchangeError, match=r"rank 0 of 2 at 127\.0\.0\.1 did not find the others"):
         GlooGroup(0, 2, meeting=meeting, address=LOOPBACK, timeout_s=1.0)

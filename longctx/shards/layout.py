@@ -1,0 +1,116 @@
+"""Who holds what in one step: each rank's tokens and keys, by sequence.
+
+All sequences of a step lie behind each other in one global sequence, each as a document: that is what the mask and
+the exchange plans know. A rank's rows are its tokens (or keys) in that order.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from longctx.shards.step import Int32Array, Int64Array, Segment
+from parallel.layout import Layout, Span
+
+
+class StepLayout:
+    """Where a step's tokens and keys are.
+
+    Args:
+        segments: the step's.
+        world_size: ranks.
+        page_size: tokens of a page.
+        pages_per_rank: page p is page ``p % pages_per_rank`` of rank ``p // pages_per_rank``.
+    """
+
+    def __init__(self, segments: Sequence[Segment], *, world_size: int, page_size: int, pages_per_rank: int) -> None:
+        self.segments, self.world_size, self.page_size = tuple(segments), world_size, page_size
+        self.bounds = (0, *accumulate(segment.stop for segment in self.segments))  # of the documents
+        self._owners = [segment.pages[: -(-segment.stop // page_size)] // pages_per_rank for segment in self.segments]
+        self._pages_per_rank = pages_per_rank
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence computes one token."""
+        return all(segment.stop - segment.start == 1 for segment in self.segments)
+
+    def owner_of_last(self, index: int) -> int:
+        """Who computes the last token of the ``index``-th sequence."""
+        return int(self._owners[index][-1])
+
+    def local_pages(self, index: int, rank: int) -> Int32Array:
+        """The rank's pages of the ``index``-th sequence, in sequence order, as it numbers them."""
+        owners = self._owners[index]
+        return self.segments[index].pages[: len(owners)][owners == rank] % self._pages_per_rank
+
+    def key_slots(self, rank: int) -> Int64Array:
+        """Slots of the rank's keys in its pool, in the order of its rows."""
+        slots = [np.zeros(0, dtype=np.int64)]
+        for index, num_keys in enumerate(self.num_keys[:, rank].tolist()):
+            starts = self.local_pages(index, rank).astype(np.int64)[:, None] * self.page_size
+            slots.append((starts + np.arange(self.page_size)).reshape(-1)[:num_keys])
+        return np.concatenate(slots)
+
+    def positions(self, index: int, rank: int) -> Int64Array:
+        """Positions of the tokens of the ``index``-th sequence that the rank computes."""
+        segment = self.segments[index]
+        all_positions = np.arange(segment.start, segment.stop)
+        return all_positions[self._owners[index][all_positions // self.page_size] == rank]
+
+    @cached_property
+    def num_keys(self) -> Int64Array:
+        """Keys of each rank ``[world_size]`` of each sequence: ``[num_segments, world_size]``."""
+        counts = np.zeros((len(self.segments), self.world_size), dtype=np.int64)
+        for index, (segment, owners) in enumerate(zip(self.segments, self._owners, strict=True)):
+            counts[index] = np.bincount(owners, minlength=self.world_size) * self.page_size
+            counts[index, owners[-1]] -= len(owners) * self.page_size - segment.stop
+        return counts
+
+    @cached_property
+    def first_keys(self) -> Int64Array:
+        """Row of each sequence's first key among a rank's keys, ``[num_segments + 1, world_size]``."""
+        return np.concatenate((np.zeros((1, self.world_size), dtype=np.int64), self.num_keys.cumsum(0)))
+
+    @cached_property
+    def first_queries(self) -> Int64Array:
+        """Row of each sequence's first token among a rank's tokens, ``[num_segments + 1, world_size]``."""
+        first = np.zeros((len(self.segments) + 1, self.world_size), dtype=np.int64)
+        for index in range(len(self.segments)):
+            for rank in range(self.world_size):
+                first[index + 1, rank] = sum(len(span) for span in self._spans(index, rank, self.segments[index].start))
+        return first.cumsum(0)
+
+    @cached_property
+    def q_layout(self) -> Layout:
+        """Each rank's tokens, over the global sequence."""
+        return self._layout([segment.start for segment in self.segments])
+
+    @cached_property
+    def kv_layout(self) -> Layout:
+        """Each rank's keys, over the global sequence."""
+        return self._layout([0] * len(self.segments))
+
+    def _layout(self, starts: Sequence[int]) -> Layout:
+        return tuple(
+            tuple(span for index, start in enumerate(starts) for span in self._spans(index, rank, start))
+            for rank in range(self.world_size)
+        )
+
+    def _spans(self, index: int, rank: int, start: int) -> list[Span]:
+        """The rank's tokens of one sequence from position ``start`` on."""
+        base, stop, size = self.bounds[index], self.segments[index].stop, self.page_size
+        return [
+            Span(base + max(start, first * size), base + min(stop, last * size))
+            for first, last, owner in self._runs[index]
+            if owner == rank and last * size > start
+        ]
+
+    @cached_property
+    def _runs(self) -> list[list[tuple[int, int, int]]]:
+        """Pages in a row on one rank: (first, last + 1, rank) of each sequence."""
+        runs = []
+        for owners in self._owners:
+            cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+            runs.append([(a, b, int(owners[a])) for a, b in pairwise(cuts)])
+        return runs

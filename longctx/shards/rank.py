@@ -1,0 +1,117 @@
+"""One rank of a sharded engine: its pages, and its part of every step."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from longctx.models.packed import PackedDecoder
+from longctx.shards.attention import ShardBatch, ShardedAttention
+from longctx.shards.exports import OwnPages, RankExports
+from longctx.shards.layout import StepLayout
+from longctx.shards.plans import PlanChoice, StepPlans
+from longctx.shards.step import Step
+from memory.pages import PagePool
+
+
+class ShardRank:
+    """Runs the model on this rank's tokens.
+
+    Args:
+        decoder: the model, its backend a ``ShardedAttention``.
+        pool: this rank's pages.
+        rank, world_size: which of how many.
+        pages_per_rank: the same on all; what rank 0 numbers pages by.
+        choice: how prompts are exchanged.
+    """
+
+    def __init__(
+        self,
+        decoder: PackedDecoder,
+        pool: PagePool,
+        *,
+        rank: int,
+        world_size: int,
+        pages_per_rank: int,
+        choice: PlanChoice,
+    ) -> None:
+        assert isinstance(decoder.backend, ShardedAttention)
+        self.decoder, self.pool, self.rank, self.world_size = decoder, pool, rank, world_size
+        layout = pool.layout
+        self.own = OwnPages(rank, pages_per_rank)
+        self.exports = RankExports(self.own, num_layers=layout.num_layers, page_size=layout.page_size)
+        self._attention = decoder.backend
+        self._pages_per_rank, self._choice = pages_per_rank, choice
+        self._element_size = torch.empty(0, dtype=decoder.dtype).element_size()
+
+    @torch.inference_mode()
+    def compute(
+        self, step: Step, on_layer: Callable[[int], None] | None = None
+    ) -> tuple[torch.Tensor, list[list[int]]]:
+        """This rank's rows of what is sampled from, and whose rows those of the step are.
+
+        Args:
+            step: what all ranks compute.
+            on_layer: called with a layer's index once its keys are stored here.
+
+        Returns:
+            Normalised hidden states ``[R, C]``; and for each rank which of the step's sampled rows it has, in order.
+
+        Raises:
+            ExchangeError: if a rank is lost.
+        """
+        for source, target in step.copies:
+            if source // self._pages_per_rank == self.rank:
+                self.pool.copy_page(source % self._pages_per_rank, target % self._pages_per_rank)
+        layout = StepLayout(
+            step.segments,
+            world_size=self.world_size,
+            page_size=self.pool.layout.page_size,
+            pages_per_rank=self._pages_per_rank,
+        )
+        sampled = [index for index, segment in enumerate(step.segments) if segment.samples]
+        rows_of = [[] for _ in range(self.world_size)]
+        for row, index in enumerate(sampled):
+            rows_of[layout.owner_of_last(index)].append(row)
+        batch = self._lay_out(layout, on_layer)
+        if len(batch.input_ids_T):
+            return self.decoder.hidden(batch), rows_of
+        for shape in self.decoder.attention_shapes:
+            no_queries = torch.empty((0, shape.num_heads, shape.head_dim), dtype=self.decoder.dtype)
+            self._attention.exchange(no_queries.to(self.decoder.device), shape, batch)
+        return self.decoder.no_hidden(), rows_of
+
+    def _lay_out(self, layout: StepLayout, on_layer: Callable[[int], None] | None) -> ShardBatch:
+        rank, size = self.rank, self.pool.layout.page_size
+        ids, positions, slots, lens, logit_rows = [], [], [], [], []
+        borders = layout.first_queries[:, rank].tolist()
+        for index, segment in enumerate(layout.segments):
+            own = layout.positions(index, rank)
+            positions.append(own)
+            ids.append(segment.token_ids[own - segment.start])
+            slots.append(segment.pages[own // size].astype(np.int64) % self._pages_per_rank * size + own % size)
+            lens.append(np.maximum(own + 1, segment.rope_floor))
+            if segment.samples and layout.owner_of_last(index) == rank:
+                logit_rows.append(borders[index + 1] - 1)
+        max_kv_len = max((segment.stop for segment in layout.segments), default=1)
+        return ShardBatch(
+            input_ids_T=self._tensor(ids),
+            positions_T=self._tensor(positions),
+            slots_T=self._tensor(slots),
+            cu_seqlens_B1=self._tensor([borders], np.int32),
+            kv_lens_B=self._tensor([layout.num_keys[:, rank]], np.int32),
+            block_tables_BP=torch.empty((len(layout.segments), 0), dtype=torch.int32, device=self.decoder.device),
+            logit_rows_R=self._tensor([logit_rows]),
+            max_q_len=max((b - a for a, b in pairwise(borders)), default=1),
+            max_kv_len=max_kv_len,
+            pool=self.pool,
+            rope_lens_T=self._tensor(lens) if self.decoder.rotary.depends_on_length else None,
+            on_layer=on_layer,
+            plans=StepPlans(layout, rank, element_size=self._element_size, choice=self._choice),
+            key_slots_L=self._tensor([layout.key_slots(rank)]),
+        )
+
+    def _tensor(self, parts: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int64) -> torch.Tensor:
+        joined = np.concatenate([np.asarray(part, dtype=dtype) for part in parts]) if parts else np.zeros(0, dtype)
+        return torch.from_numpy(joined).to(self.decoder.device)

@@ -1,0 +1,152 @@
+"""How ranks step together: rank 0 tells what is computed, all compute, rank 0 gets what is sampled from.
+
+rank 0   schedule -> tell ----> compute <-> compute ----> gather rows -> output matrix -> sample
+others               listen --> compute <-> compute ----> send rows
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from longctx.engine.rows import DecodeRows
+from longctx.engine.scheduler import Chunk
+from longctx.engine.sequence import Sequence
+from longctx.shards.rank import ShardRank
+from longctx.shards.step import Segment, Step, StepReader, StepWriter
+from memory.sharded_pages import ShardedPages
+from parallel.carrier import ExchangeError
+from parallel.gloo_group import GlooGroup
+
+logger = logging.getLogger(__name__)
+
+END = b"end"  # instead of a step
+IDLE = b""
+SILENCES = 4  # idle messages in the time after which rank 0 counts as lost
+
+
+class ShardRunner:
+    """Rank 0's runner, for ``longctx.engine.engine.Engine``.
+
+    Args:
+        rank: this rank's part.
+        pages: what rank 0 allocates.
+        group: all ranks.
+        rows: the decoding sequences.
+        timeout_s: after which a silent rank 0 counts as lost.
+    """
+
+    def __init__(
+        self, rank: ShardRank, pages: ShardedPages, group: GlooGroup, *, rows: DecodeRows, timeout_s: float
+    ) -> None:
+        self._rank, self._pages, self._group, self._rows = rank, pages, group, rows
+        self._writer = StepWriter()
+        self._is_broken = False  # a step failed: ranks may be anywhere in it
+        self._idle_s, self._told_at = timeout_s / SILENCES, time.monotonic()
+
+    def run(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """See ``ModelRunner.run``. Raises ``ExchangeError`` if a rank is lost, and from then on."""
+        if self._is_broken:
+            raise ExchangeError("a rank of this worker was lost")
+        self._is_broken = True
+        segments = [self._decode_segment(row, sequence) for row, sequence in enumerate(self._rows.sequences)]
+        segments += [_chunk_segment(chunk) for chunk in chunks]
+        step = Step(tuple(segments), tuple(self._pages.take_copies()))
+        self._tell(self._writer.write(step))
+        own, rows_of = self._rank.compute(step, on_layer)
+        parts = self._group.gather_rows(own.cpu().contiguous(), [len(rows) for rows in rows_of])
+        hidden = torch.cat(parts).to(own.device)
+        self._is_broken = False
+        order = np.argsort(np.concatenate([np.array(rows, dtype=np.int64) for rows in rows_of]))
+        return self._rank.decoder.logits(hidden[torch.from_numpy(order).to(own.device)])
+
+    def keep_alive(self) -> None:
+        """Between steps, now and then: the other ranks hear that rank 0 lives."""
+        if not self._is_broken and time.monotonic() - self._told_at > self._idle_s:
+            self._tell(IDLE)
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        try:
+            if not self._is_broken:
+                self._tell(END)
+        except ExchangeError as error:
+            logger.warning("%s", error)
+        self._group.close()
+
+    def _tell(self, data: bytes) -> None:
+        self._group.tell(data)
+        self._told_at = time.monotonic()
+
+    def _decode_segment(self, row: int, sequence: Sequence) -> Segment:
+        start = int(self._rows.positions[row])
+        return Segment(
+            _key(sequence),
+            start,
+            start + 1,
+            True,
+            0,
+            "",
+            self._rows.input_ids[row : row + 1],
+            self._rows.tables[row, : len(sequence.pages)],
+        )
+
+
+def follow(rank: ShardRank, group: GlooGroup, *, timeout_s: float) -> None:
+    """Another rank's life: compute what rank 0 tells, until it says end. Raises ``ExchangeError`` if a rank is lost."""
+    torch.set_num_threads(torch.get_num_threads())  # OpenMP's own count belongs to a thread: oneDNN asks for that
+    reader = StepReader()
+    while True:
+        data = group.listen(timeout_s)
+        if data == END:
+            group.close()
+            return
+        if data == IDLE:
+            continue
+        step = reader.read(data)
+        own, rows_of = rank.compute(step, rank.exports.begin(step))
+        group.gather_rows(own.cpu().contiguous(), [len(rows) for rows in rows_of])
+        rank.exports.end(step)
+
+
+def follow_on_thread(
+    rank: ShardRank, group: GlooGroup, *, timeout_s: float, on_end: Callable[[str], None], name: str
+) -> threading.Thread:
+    """``follow`` on a thread of its own; ``on_end`` gets the reason it ended, empty if rank 0 said so."""
+
+    def run() -> None:
+        reason = ""
+        try:
+            follow(rank, group, timeout_s=timeout_s)
+        except Exception as error:  # whatever it is, this rank is of no more use, and somebody is told
+            logger.exception("rank %d", rank.rank)
+            reason = str(error) or type(error).__name__
+            group.close()
+        on_end(reason)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _chunk_segment(chunk: Chunk) -> Segment:
+    sequence = chunk.sequence
+    export = sequence.active.request_id if sequence.active.export is not None else ""
+    return Segment(
+        _key(sequence),
+        chunk.start,
+        chunk.stop,
+        chunk.is_last,
+        sequence.rope_floor,
+        export,
+        sequence.token_ids(chunk.start, chunk.stop),
+        np.array(sequence.pages, dtype=np.int32),
+    )
+
+
+def _key(sequence: Sequence) -> int:
+    arrival, index = sequence.key
+    return arrival << 16 | index
