@@ -63,7 +63,7 @@ def write_rows(
 
 
 def _token_views(pool: PagePool, layer_idx: int, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of some heads as ``[num_pages, page_size, K, words]``; paired V has ``page_size / p, p`` for page_size."""
+    """K and V of some heads as ``[num_pages, page_size, K, words]``; paired V has page_size as ``page_size / p, p``."""
     k_pages, v_pages = pool.views(layer_idx)
     if pool.layout.order == "nhd":
         return k_pages[:, :, first:stop], v_pages[:, :, first:stop]

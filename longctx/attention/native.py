@@ -9,8 +9,10 @@ import ctypes
 import torch
 
 from longctx.attention.backend import AttentionBackend, HeadNorm
-from longctx.attention.batch import AttentionShape, PackedBatch
+from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
 from longctx.kernels.build import NativeBuildError, load_native
+from memory.page_rows import write_rows
+from memory.pages import DTYPES, PagePool
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 96  # query heads per KV head
@@ -23,6 +25,7 @@ class _LayerArgs(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "q_weight", "k_weight", "cos", "sin", "slots", "q", "out")),
         *((name, ctypes.c_void_p) for name in ("k_pages", "v_pages", "cu_seqlens", "kv_lens", "tables")),
+        *((name, ctypes.c_void_p) for name in ("first_keys", "last_keys", "lse")),
         ("page_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_tokens", "num_segments", "num_heads", "num_kv_heads", "head_dim")),
         *(
@@ -48,6 +51,7 @@ class NativeAttention(AttentionBackend):
         self._args = _LayerArgs()
         self._args_pointer = ctypes.addressof(self._args)
         self._batch: PackedBatch | None = None
+        self._shape: AttentionShape | None = None
         self._q = self._out = torch.empty(0)
 
     @classmethod
@@ -64,22 +68,67 @@ class NativeAttention(AttentionBackend):
             return str(error)
         return None
 
-    def forward(
+    def prepare(
         self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
     ) -> torch.Tensor:
+        """As the base class says; the queries are valid until the next call."""
         args = self._bind(qkv_TC, shape, batch)
         if norm is None:
             args.q_weight = args.k_weight = None
         else:
             args.q_weight, args.k_weight = norm.q_weight.data_ptr(), norm.k_weight.data_ptr()
             args.norm_eps = norm.eps
-        args.qkv = qkv_TC.data_ptr()
+        args.qkv, args.q = qkv_TC.data_ptr(), self._q.data_ptr()
         self._prepare(self._args_pointer)
-        if batch.on_layer is not None:
-            batch.on_layer(shape.layer_idx)
-        if self._attend(self._args_pointer):
-            raise MemoryError("attention ran out of memory")
+        return self._q
+
+    def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
+        """As the base class says; the output is valid until the next call."""
+        args, q_THD = self._bind(q_THD, shape, batch), q_THD.contiguous()
+        args.q = q_THD.data_ptr()
+        self._run_attend(self._args_pointer)
         return self._out
+
+    def attend_ranges(
+        self,
+        q_SHD: torch.Tensor,
+        shape: AttentionShape,
+        ranges: KeyRanges,
+        pool: PagePool,
+        *,
+        first_kv_head: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layout, q_SHD = pool.layout, q_SHD.contiguous()
+        indices = (ranges.cu_seqlens_B1, ranges.first_S, ranges.last_S, ranges.block_tables_BP)
+        assert all(index.dtype == torch.int32 and index.stride(-1) == 1 for index in indices)
+        assert q_SHD.dtype == DTYPES[layout.dtype] and layout.page_size % LANES == 0
+        out_SHD = torch.empty(q_SHD.shape, dtype=torch.float32)
+        lse_SH = torch.empty(q_SHD.shape[:2], dtype=torch.float32)
+        head_bytes = layout.block_bytes // 2 // layout.num_kv_heads
+        k_pages, v_pages = (address + first_kv_head * head_bytes for address in _page_addresses(pool, shape.layer_idx))
+        args = _LayerArgs(
+            q=q_SHD.data_ptr(),
+            out=out_SHD.data_ptr(),
+            lse=lse_SH.data_ptr(),
+            k_pages=k_pages,
+            v_pages=v_pages,
+            cu_seqlens=ranges.cu_seqlens_B1.data_ptr(),
+            tables=ranges.block_tables_BP.data_ptr(),
+            table_stride=ranges.block_tables_BP.stride(0),
+            first_keys=ranges.first_S.data_ptr(),
+            last_keys=ranges.last_S.data_ptr(),
+            num_segments=ranges.cu_seqlens_B1.shape[0] - 1,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            page_size=layout.page_size,
+            page_stride=layout.block_bytes,
+            is_bf16=q_SHD.dtype == torch.bfloat16,
+            num_threads=torch.get_num_threads(),
+            scale=shape.scale,
+        )
+        self._run_attend(ctypes.addressof(args))
+        return out_SHD, lse_SH
 
     def rms_norm(self, x_TC: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if x_TC.shape[-1] % LANES:
@@ -109,27 +158,30 @@ class NativeAttention(AttentionBackend):
         return out
 
     def store(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> None:
-        raise NotImplementedError("native attention stores in forward")
+        write_rows(batch.pool, shape.layer_idx, batch.slots_T, k_TKD, v_TKD)
 
-    def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
-        raise NotImplementedError("native attention attends in forward")
+    def _run_attend(self, args_pointer: int) -> None:
+        if self._attend(args_pointer):
+            raise MemoryError("attention ran out of memory")
 
     @staticmethod
     def _norm_tail(x_TC: torch.Tensor, eps: float) -> tuple[int, int, float, bool, int]:
         """The last arguments of ``longctx_rms_norm``."""
         return x_TC.shape[0], x_TC.shape[1], eps, x_TC.dtype == torch.bfloat16, torch.get_num_threads()
 
-    def _bind(self, qkv_TC: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> _LayerArgs:
-        """Fill what a batch and a layer fix; ``qkv`` and the head norm are the caller's."""
+    def _bind(self, rows: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> _LayerArgs:
+        """Fill what a batch and a layer fix; ``rows`` has the batch's length and dtype."""
         args, layout = self._args, batch.pool.layout
+        if batch is self._batch and shape is self._shape:
+            return args
         if batch is not self._batch or args.num_heads != shape.num_heads:
             assert batch.cos_TD is not None and batch.sin_TD is not None
             assert batch.block_tables_BP.stride(1) == 1 and layout.page_size % LANES == 0
-            num_tokens = qkv_TC.shape[0]
+            num_tokens = rows.shape[0]
             self._batch = batch
-            self._q = qkv_TC.new_empty((num_tokens, shape.num_heads * shape.head_dim))
-            self._out = torch.empty_like(self._q)
-            args.q, args.out = self._q.data_ptr(), self._out.data_ptr()
+            self._q = rows.new_empty((num_tokens, shape.num_heads, shape.head_dim))
+            self._out = rows.new_empty((num_tokens, shape.num_heads * shape.head_dim))
+            args.out = self._out.data_ptr()
             args.cos, args.sin, args.rotary_dim = (
                 batch.cos_TD.data_ptr(),
                 batch.sin_TD.data_ptr(),
@@ -141,9 +193,15 @@ class NativeAttention(AttentionBackend):
             args.num_tokens, args.num_segments, args.page_size = num_tokens, batch.num_segments, layout.page_size
             args.num_heads, args.num_kv_heads, args.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
             args.page_stride = layout.block_bytes
-            args.is_bf16, args.num_threads = qkv_TC.dtype == torch.bfloat16, torch.get_num_threads()
+            args.is_bf16, args.num_threads = rows.dtype == torch.bfloat16, torch.get_num_threads()
             args.scale = shape.scale
         args.window = shape.window or 0
-        base = batch.pool.storage.data_ptr() + shape.layer_idx * batch.pool.num_pages * layout.block_bytes
-        args.k_pages, args.v_pages = base, base + layout.block_bytes // 2
+        args.k_pages, args.v_pages = _page_addresses(batch.pool, shape.layer_idx)
+        self._shape = shape
         return args
+
+
+def _page_addresses(pool: PagePool, layer_idx: int) -> tuple[int, int]:
+    """Where K and V of one layer's page 0 lie."""
+    address = pool.storage.data_ptr() + layer_idx * pool.num_pages * pool.layout.block_bytes
+    return address, address + pool.layout.block_bytes // 2

@@ -12,6 +12,8 @@
  *
  * On CPUs with AMX the same words are its right operands as they lie: 16 of K's steps by 16 keys, or 16 of V's by 16 columns, are
  * a tile. Every bfloat16 row goes that way, those of a decode step too, so its sums do not depend on its company either.
+ *
+ * Each token sees one range of keys: those its position says, or in a ranged call those that it is given.
  * Left out: head sizes that are no multiple of 16, soft-capped scores.
  */
 #include "vectors.h"
@@ -42,12 +44,15 @@ typedef struct {
     const float *sin;
     const int64_t *slots;      /* [T] */
     void *q;                   /* [T, H, D], written by prepare, read by attend */
-    void *out;                 /* [T, H * D] */
-    char *k_pages;             /* this layer's K of page 0 */
+    void *out;                 /* [T, H * D]; float32 in a ranged call */
+    char *k_pages;             /* this layer's K of page 0, from the first KV head that is attended on */
     char *v_pages;
     const int32_t *cu_seqlens; /* [B + 1] */
-    const int32_t *kv_lens;    /* [B] */
+    const int32_t *kv_lens;    /* [B]; not read in a ranged call */
     const int32_t *tables;     /* [B, table_stride] */
+    const int32_t *first_keys; /* [T], or NULL: not a ranged call */
+    const int32_t *last_keys;  /* [T], one after the last */
+    float *lse;                /* [T, H], or NULL: not a ranged call */
     int64_t page_stride;       /* bytes between pages of one layer */
     int32_t num_tokens, num_segments, num_heads, num_kv_heads, head_dim, rotary_dim;
     int32_t page_size, table_stride, window /* 0: none */, is_bf16, num_threads;
@@ -129,6 +134,29 @@ INLINE void multiply(const int is_bf16, const int has_amx, int rows, const int a
 /* ---- one tile: rows of queries against a range of keys ------------------------------------------------------------ */
 
 typedef struct {
+    int32_t first, last; /* first >= last: none */
+} key_range;
+
+static int smaller(int a, int b) { return a < b ? a : b; }
+static int larger(int a, int b) { return a > b ? a : b; }
+
+/* The keys that a token of a segment sees. */
+static key_range seen_keys(const layer_args *args, int segment, int token) {
+    const int start = args->cu_seqlens[segment];
+    if (args->first_keys) return (key_range){args->first_keys[start + token], args->last_keys[start + token]};
+    const int position = args->kv_lens[segment] - (args->cu_seqlens[segment + 1] - start) + token;
+    return (key_range){args->window ? larger(0, position - args->window + 1) : 0, position + 1};
+}
+
+/* The smallest range that holds both. */
+static key_range hull(key_range a, key_range b) {
+    if (a.first >= a.last) return b;
+    if (b.first >= b.last) return a;
+    return (key_range){smaller(a.first, b.first), larger(a.last, b.last)};
+}
+
+typedef struct {
+    key_range seen[TILE_ROWS];         /* by token: the keys it sees */
     uint32_t q[TILE_ROWS * MAX_DIM];   /* rows x D / p words, or D float32 where IS_WIDENED */
     float out[TILE_ROWS * MAX_DIM];    /* rows x D, not yet divided by the sum */
     float max[TILE_ROWS];              /* of scaled scores, in units of log 2 */
@@ -165,28 +193,31 @@ INLINE void update_row(const int is_bf16, float *scores, void *weights, int page
     store_f32(row_sum, total);
 }
 
-/* Rows first_row.. of the tile, keys [first_key, last_key). Row r is query head r % group of token r / group, whose
- * position is first_position + r / group. */
+/* All rows of the tile, keys [first_key, last_key). Row r is query head r % group of token r / group. */
 INLINE void attend_tile(const int is_bf16, const int has_amx, const layer_args *args, tile_state *tile, int num_rows, int group, int kv_head,
-                        const int32_t *table, int first_position, int first_key, int last_key) {
+                        const int32_t *table, int first_key, int last_key) {
     const int dim = args->head_dim, size = args->page_size, pair = is_bf16 ? 2 : 1;
     const int q_stride = dim / pair * WORDS_OF_A(is_bf16), weight_stride = size / pair * WORDS_OF_A(is_bf16);
     const int64_t head_bytes = (int64_t)dim * size * 4 / pair * kv_head;
     const float scale_log2 = args->scale * 1.44269504f;
+    const int most = is_bf16 && has_amx ? BLOCK_ROWS : ROWS;
+    key_range blocks[(TILE_ROWS + ROWS - 1) / ROWS]; /* what any row of each micro-kernel call sees */
+    for (int row = 0; row < num_rows; row += most) {
+        key_range all = {0, 0};
+        for (int token = row / group; token <= (smaller(row + most, num_rows) - 1) / group; token++) all = hull(all, tile->seen[token]);
+        blocks[row / most] = all;
+    }
     for (int page_idx = first_key / size; page_idx * size < last_key; page_idx++) {
         const int base = page_idx * size;
         const int64_t offset = table[page_idx] * args->page_stride + head_bytes;
         const uint32_t *k = (const uint32_t *)(args->k_pages + offset), *v = (const uint32_t *)(args->v_pages + offset);
-        const int most = is_bf16 && has_amx ? BLOCK_ROWS : ROWS;
         for (int row = 0; row < num_rows; row += most) {
             const int rows = num_rows - row < most ? num_rows - row : most;
-            const int top = first_position + (row + rows - 1) / group, bottom = first_position + row / group;
-            if (base > top || (args->window && base + size <= bottom - args->window + 1)) continue;
+            if (base >= blocks[row / most].last || base + size <= blocks[row / most].first) continue;
             multiply(is_bf16, has_amx, rows, 0, tile->q + row * q_stride, q_stride, k, size, dim / pair, tile->scores, size);
             for (int i = 0; i < rows; i++) {
-                const int position = first_position + (row + i) / group;
-                int first = first_key - base, last = (last_key < position + 1 ? last_key : position + 1) - base;
-                if (args->window && position - args->window + 1 - base > first) first = position - args->window + 1 - base;
+                const key_range seen = tile->seen[(row + i) / group];
+                const int first = larger(first_key, seen.first) - base, last = smaller(last_key, seen.last) - base;
                 update_row(is_bf16, tile->scores + i * size, tile->weights + i * weight_stride, size, first, last, scale_log2,
                            tile->max + row + i, tile->sum + (row + i) * LANES, tile->out + (row + i) * dim, dim);
             }
@@ -202,19 +233,18 @@ typedef struct {
     int64_t partial; /* index of its partial result, -1: writes the output itself */
 } work_item;
 
-static int smaller(int a, int b) { return a < b ? a : b; }
-static int larger(int a, int b) { return a > b ? a : b; }
-
 /* Lists the tiles, the long ones first; returns their number. items may be NULL to count only. */
 static int64_t list_work(const layer_args *args, work_item *items, int64_t *num_partials) {
     const int group = args->num_heads / args->num_kv_heads, tile_tokens = larger(1, TILE_ROWS / group);
     int64_t count = 0;
     *num_partials = 0;
     for (int segment = 0; segment < args->num_segments; segment++) {
-        const int num_tokens = args->cu_seqlens[segment + 1] - args->cu_seqlens[segment], kv_len = args->kv_lens[segment];
+        const int num_tokens = args->cu_seqlens[segment + 1] - args->cu_seqlens[segment];
         for (int end = num_tokens; end > 0; end -= tile_tokens) {
-            const int start = larger(0, end - tile_tokens), position = kv_len - num_tokens + start;
-            const int first_key = args->window ? larger(0, position - args->window + 1) : 0, last_key = kv_len - num_tokens + end;
+            const int start = larger(0, end - tile_tokens);
+            key_range all = {0, 0};
+            for (int token = start; token < end; token++) all = hull(all, seen_keys(args, segment, token));
+            const int first_key = all.first, last_key = all.last;
             const int split_start = first_key / SPLIT_KEYS, split_end = (last_key + SPLIT_KEYS - 1) / SPLIT_KEYS;
             const int split = num_tokens == 1 && split_end - split_start > 1;
             for (int kv_head = 0; kv_head < args->num_kv_heads; kv_head++) {
@@ -242,12 +272,18 @@ INLINE void load_queries(const int is_bf16, const layer_args *args, const work_i
     }
 }
 
-INLINE void store_outputs(const int is_bf16, const layer_args *args, const work_item *item, const float *rows, const float *sums,
-                          int group) {
+INLINE void store_outputs(const int is_bf16, const layer_args *args, const work_item *item, const float *rows, const float *maxima,
+                          const float *sums, int group) {
     const int dim = args->head_dim;
     const int64_t token = args->cu_seqlens[item->segment] + item->first_token;
     for (int r = 0; r < item->num_tokens * group; r++) {
-        const int64_t to = ((token + r / group) * args->num_heads + (int64_t)item->kv_head * group + r % group) * dim;
+        const int64_t head = (token + r / group) * args->num_heads + (int64_t)item->kv_head * group + r % group, to = head * dim;
+        if (args->lse) { /* a row that saw nothing is all zeros: its maximum says nothing */
+            const float divisor = sums[r] == 0 ? 1 : sums[r];
+            for (int d = 0; d < dim; d += LANES) store_f32((float *)args->out + to + d, load_f32(rows + r * dim + d) / divisor);
+            args->lse[head] = sums[r] == 0 ? -INFINITY : (maxima[r] + log2f(sums[r])) * 0.693147181f;
+            continue;
+        }
         const float inverse = 1.0f / sums[r];
         for (int d = 0; d < dim; d += LANES) store(is_bf16, args->out, to + d, load_f32(rows + r * dim + d) * inverse);
     }
@@ -256,9 +292,8 @@ INLINE void store_outputs(const int is_bf16, const layer_args *args, const work_
 INLINE void run_item(const int is_bf16, const int has_amx, const layer_args *args, const work_item *item, float *partials) {
     tile_state tile;
     const int group = args->num_heads / args->num_kv_heads, num_rows = item->num_tokens * group, dim = args->head_dim;
-    const int first_position = args->kv_lens[item->segment] - (args->cu_seqlens[item->segment + 1] - args->cu_seqlens[item->segment]) +
-                               item->first_token;
     load_queries(is_bf16, args, item, &tile, group);
+    for (int t = 0; t < item->num_tokens; t++) tile.seen[t] = seen_keys(args, item->segment, item->first_token + t);
     memset(tile.out, 0, (size_t)num_rows * dim * sizeof(float));
     for (int r = 0; r < num_rows; r++) {
         tile.max[r] = NEVER;
@@ -266,12 +301,12 @@ INLINE void run_item(const int is_bf16, const int has_amx, const layer_args *arg
     }
     if (has_amx) amx_begin();
     attend_tile(is_bf16, has_amx, args, &tile, num_rows, group, item->kv_head, args->tables + (int64_t)item->segment * args->table_stride,
-                first_position, item->first_key, item->last_key);
+                item->first_key, item->last_key);
     if (has_amx) amx_end();
     float sums[TILE_ROWS];
     for (int r = 0; r < num_rows; r++) sums[r] = sum_lanes(load_f32(tile.sum + r * LANES));
     if (item->partial < 0) {
-        store_outputs(is_bf16, args, item, tile.out, sums, group);
+        store_outputs(is_bf16, args, item, tile.out, tile.max, sums, group);
         return;
     }
     float *partial = partials + item->partial * group * (dim + 2);
@@ -284,7 +319,7 @@ INLINE void run_item(const int is_bf16, const int has_amx, const layer_args *arg
 static void merge_splits(const layer_args *args, const work_item *items, int64_t count, float *partials) {
     const int group = args->num_heads / args->num_kv_heads, dim = args->head_dim;
     const int64_t size = (int64_t)group * (dim + 2);
-    float *into = partials + items[0].partial * size, sums[TILE_ROWS];
+    float *into = partials + items[0].partial * size, maxima[TILE_ROWS], sums[TILE_ROWS];
     for (int r = 0; r < group; r++) {
         float high = NEVER, sum = 0;
         for (int64_t i = 0; i < count; i++) high = fmaxf(high, into[i * size + group * dim + r]);
@@ -296,9 +331,10 @@ static void merge_splits(const layer_args *args, const work_item *items, int64_t
                 store_f32(into + r * dim + d, i ? load_f32(into + r * dim + d) + value : value);
             }
         }
+        maxima[r] = high;
         sums[r] = sum;
     }
-    store_outputs(args->is_bf16, args, items, into, sums, group);
+    store_outputs(args->is_bf16, args, items, into, maxima, sums, group);
 }
 
 /* OpenMP outlines a loop's body and would make is_bf16 a variable again: these pin it. */
@@ -307,7 +343,8 @@ static __attribute__((noinline)) void run_amx(const layer_args *args, const work
 static __attribute__((noinline)) void run_bf16(const layer_args *args, const work_item *item, float *partials) { run_item(1, 0, args, item, partials); }
 static __attribute__((noinline)) void run_f32(const layer_args *args, const work_item *item, float *partials) { run_item(0, 0, args, item, partials); }
 
-/* Causal attention of args->q over the pages into args->out. Returns 0, or 1 if memory ran out. */
+/* Attention of args->q over the pages into args->out: causal, or with args->first_keys ranged, which also writes args->lse.
+ * Returns 0, or 1 if memory ran out. */
 int longctx_attend(const layer_args *args) {
     int64_t num_partials, num_items = list_work(args, NULL, &num_partials);
     const int group = args->num_heads / args->num_kv_heads;

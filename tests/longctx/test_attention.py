@@ -307,6 +307,25 @@ def test_parts_of_the_keys_merge_to_the_whole(name, rows_per_segment, page_size)
     torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_prepared_queries_attend_by_range_as_forward_does(name, dtype, window):
+    torch.manual_seed(7)
+    backend, segments = make_backend(name, dtype, 32), [(100, 1), (0, 90), (17, 20)]
+    pool = make_pool(backend, num_kv_heads=2, head_dim=32, page_size=16, dtype=dtype, num_pages=21)
+    tables, shape = torch.randperm(21).view(3, 7).int(), AttentionShape(1, 6, 2, 32, 0.2, window)
+    pool.storage.zero_()  # keys before a segment's first row
+    qkv = torch.randn(111, 10 * 32).to(dtype)
+    batch = make_batch(pool, segments, tables, cos=torch.rand(128, 32), sin=torch.rand(128, 32))
+    q = backend.prepare(qkv, None, shape, batch).clone()
+    last = batch.positions_T.int() + 1
+    first = torch.zeros_like(last) if window is None else (last - window).clamp_min(0)
+    out, _ = backend.attend_ranges(q, shape, KeyRanges(batch.cu_seqlens_B1, tables, first, last), pool)
+    want = backend.forward(qkv, None, shape, batch).float()
+    torch.testing.assert_close(out.flatten(1), want, rtol=0, atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_native_elementwise_steps_equal_torch(dtype, rows):
