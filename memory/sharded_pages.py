@@ -2,8 +2,8 @@
 
 Page ``p`` is page ``p % pages_per_rank`` of the pool of rank ``p // pages_per_rank``. The pages of a prompt are dealt
 out as in the zigzag layout of sequence parallelism (``parallel/layout.py``), a stretch of what one step computes at a
-time, so that every rank has an equal share of each step's causal area. The bytes are elsewhere: each rank has a ``PagePool``
-of its own, and copies of pages are collected here for the next step to make.
+time, so that every rank has an equal share of each step's causal area. The bytes are elsewhere: each rank has a
+``PagePool`` of its own, and copies of pages are collected here for the next step to make.
 """
 
 from collections.abc import Sequence

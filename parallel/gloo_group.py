@@ -5,12 +5,12 @@ carrying an exchange's messages, rank 0 tells all others something (``tell``, ``
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from parallel.carrier import Carrier, ExchangeError, Message, Transfer, WorkTransfer
 
@@ -54,17 +54,17 @@ class GlooGroup(Carrier):
             options = gloo._Options()
             options._devices, options._timeout = [gloo.create_device(hostname=address)], timeout
             self._store = meeting  # lives as long as the group
-            self._group = gloo(meeting, rank, world_size, options)
+            self._group: Any = gloo(meeting, rank, world_size, options)
         except RuntimeError as error:
             raise ExchangeError(
                 f"rank {rank} of {world_size} at {address} did not find the others: {str(error).splitlines()[0]}"
             ) from error
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
-        received: list[Transfer] = [
-            WorkTransfer(self._group.recv([m.buffer], m.peer, m.tag), m, "receive from") for m in receives
-        ]
-        sent: list[Transfer] = [WorkTransfer(self._group.send([m.buffer], m.peer, m.tag), m, "send to") for m in sends]
+        if self._group is None:
+            raise ExchangeError(f"rank {self.rank} has left its group")
+        received: list[Transfer] = [self._start(self._group.recv, m, "receive from") for m in receives]
+        sent: list[Transfer] = [self._start(self._group.send, m, "send to") for m in sends]
         return sent, received
 
     def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
@@ -107,7 +107,15 @@ class GlooGroup(Carrier):
 
     def close(self) -> None:
         """Leave the group; peers that wait for this rank are told by their connections."""
-        self._group.abort()
+        self._group = None  # gloo closes the connections with the object
+
+    def _start(self, method: Callable[..., Any], message: Message, verb: str) -> Transfer:
+        try:
+            return WorkTransfer(method([message.buffer], message.peer, message.tag), message, verb)
+        except RuntimeError as error:  # it is gone already
+            raise ExchangeError(
+                f"rank {self.rank} could not {verb} rank {message.peer}: {str(error).splitlines()[0]}"
+            ) from error
 
     def _finish(self, transfers: Sequence[Transfer], timeout_s: float) -> None:
         for transfer in transfers:

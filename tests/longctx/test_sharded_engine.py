@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from longctx.messages import SamplingParams
+from parallel.carrier import ExchangeError
 from tests.longctx.engines import GREEDY, generate, make_engine, make_request
 from tests.longctx.sharded_engine import sharded_engine
 from tests.tiny_checkpoints import make_checkpoint
@@ -43,3 +45,78 @@ def test_tokens_are_those_of_one_rank(llama, world_size, attention):
     expected = generate(make_engine(llama, **options), requests_of(prompts))
     with sharded_engine(llama, world_size, **options) as engine:
         assert generate(engine, requests_of(prompts)) == expected
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_is_right(llama, plan):
+    prompts = make_prompts([40, 200])
+    options = {"page_size": 16, "max_batch_tokens": 64}
+    expected = generate(make_engine(llama, **options), requests_of(prompts))
+    with sharded_engine(llama, 3, plan=plan, **options) as engine:
+        assert generate(engine, requests_of(prompts)) == expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma"])
+def test_every_family_is_right(tmp_path, family):
+    folder = make_checkpoint(tmp_path / family, family)
+    prompts = make_prompts([7, 90, 150])
+    options = {"page_size": 16, "max_batch_tokens": 48}
+    expected = generate(make_engine(folder, **options), requests_of(prompts))
+    with sharded_engine(folder, 2, **options) as engine:
+        assert generate(engine, requests_of(prompts)) == expected
+
+
+def test_rotary_embeddings_that_depend_on_the_length(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    folder = make_checkpoint(tmp_path / "m", "llama", rope_parameters=rope, max_position_embeddings=64)
+    prompts = make_prompts([30, 70, 120])
+    options = {"page_size": 16, "max_batch_tokens": 48, "max_context": 200}
+    expected = generate(make_engine(folder, **options), requests_of(prompts))
+    with sharded_engine(folder, 2, **options) as engine:
+        assert generate(engine, requests_of(prompts)) == expected
+
+
+def test_prefixes_are_found_where_they_lie(llama):
+    (prefix,) = make_prompts([128])
+    prompts = [prefix + tail for tail in make_prompts([1, 20, 33], seed=5)]
+    options = {"page_size": 16, "max_batch_tokens": 64}
+    expected = [generate(make_engine(llama, **options), [make_request("r", prompt)]) for prompt in prompts]
+    with sharded_engine(llama, 3, **options) as engine:
+        assert [generate(engine, [make_request("r", prompt)]) for prompt in prompts] == expected
+        assert engine.stats().num_cached_tokens == 256
+
+
+def test_several_sequences_of_one_prompt_and_preemption(llama):
+    """Forked pages are copied on their rank; a pool that is too small preempts, and loses nothing."""
+    params = SamplingParams(n=3, temperature=0.8, seed=11, max_tokens=40, ignore_eos=True)
+    prompts = make_prompts([37, 61, 20, 45])
+    options = {"page_size": 16, "max_batch_tokens": 64}
+    expected = generate(make_engine(llama, **options), requests_of(prompts, params))
+    layout = make_engine(llama, **options).pool.layout
+    with sharded_engine(llama, 2, **options, kv_bytes=str(14 * layout.page_bytes)) as engine:
+        assert engine.pool.num_pages == 28
+        assert generate(engine, requests_of(prompts, params)) == expected
+        assert engine.stats().num_preemptions > 0
+
+
+def test_a_context_that_fits_no_single_rank(llama):
+    (prompt,) = make_prompts([150])
+    options = {"page_size": 16, "max_batch_tokens": 64}
+    expected = generate(make_engine(llama, **options), requests_of([prompt]))
+    layout = make_engine(llama, **options).pool.layout
+    with sharded_engine(llama, 4, **options, kv_bytes=str(3 * layout.page_bytes)) as engine:
+        assert engine.max_context == 192
+        assert generate(engine, requests_of([prompt])) == expected
+
+
+def test_a_lost_rank_fails_the_step_and_every_later_one(llama):
+    with sharded_engine(llama, 3, page_size=16, ends_well=False) as engine:
+        for request in requests_of(make_prompts([40, 50])):
+            engine.add(request)
+        engine.step()
+        engine.lose_rank(2)
+        for _ in range(2):
+            with pytest.raises(ExchangeError):
+                engine.step()
+        deltas = engine.fail_all("a rank was lost")
+        assert {delta.finish_reason for delta in deltas} == {"error"}
