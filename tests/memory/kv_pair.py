@@ -1,10 +1,13 @@
 """A receiver and its senders to test transports with, and a client that sends whatever frames a test wants."""
 
+import json
 import queue
+import select
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +49,13 @@ class Pair:
         for source in self.sources:
             source.storage.random_(1, 256)
         self.target = PagePool(layout, num_pages)
+        self.gate = threading.Event()  # the receiver's callbacks return once it is set
+        self.gate.set()
         self.receiver = transport.make_receiver(
             self.target,
             config,
-            on_commit=lambda request_id, payload: self.events.put(("commit", request_id, payload.decode())),
-            on_failed=lambda request_id, reason: self.events.put(("failed", request_id, reason)),
+            on_commit=lambda request_id, payload: self._call_back("commit", request_id, payload.decode()),
+            on_failed=lambda request_id, reason: self._call_back("failed", request_id, reason),
         )
         self.senders: list[StreamSender] = [transport.make_sender(source, config) for source in self.sources]
         self.source, self.sender, self.answers = self.sources[0], self.senders[0], self.answers_of[0]
@@ -108,6 +113,10 @@ class Pair:
         """Whether nothing was written to the target."""
         return not self.target.storage.any()
 
+    def _call_back(self, *event: str) -> None:
+        self.events.put(event)
+        self.gate.wait(WAIT_S)
+
     def close(self) -> None:
         """Close both ends."""
         for sender in self.senders:
@@ -157,6 +166,16 @@ class RawSender:
         fields = {"layer_idx": layer_idx, "first_slot": first_slot, "num_pages": len(pages), "checksum": digest}
         return b"".join(bytes(buffer) for buffer in buffers), fields
 
+    def open(self, grant: LeaseGrant) -> None:
+        """Say HELLO; the lease is open when this returns."""
+        self.send(Kind.HELLO, grant, json.dumps(self.payloads.hello()).encode())
+        assert self.answer()[0] == Kind.PONG
+
+    def pack_blocks(self, grant: LeaseGrant, layer_idx: int, first_slot: int, pages: Sequence[int]) -> bytes:
+        """A right DATA frame."""
+        payload, fields = self.data(layer_idx, first_slot, pages)
+        return self.pack(Kind.DATA, grant, payload, **fields) + payload
+
     def send_bytes(self, data: bytes) -> None:
         """Anything."""
         self._channel.send([data], time.monotonic() + WAIT_S)
@@ -166,6 +185,10 @@ class RawSender:
         deadline = time.monotonic() + WAIT_S
         header = Header.unpack(self._channel.receive(HEADER_BYTES, deadline))
         return header.kind, bytes(self._channel.receive(header.payload_bytes, deadline))
+
+    def is_silent(self, seconds: float = 0.1) -> bool:
+        """Whether the receiver says nothing for a while."""
+        return not self._channel.wait(select.POLLIN, time.monotonic() + seconds)
 
     def close(self) -> None:
         """Close the connection."""
@@ -180,3 +203,13 @@ def make_raw(pair: Pair, sender_idx: int = 0) -> Iterator[RawSender]:
         yield raw
     finally:
         raw.close()
+
+
+@contextmanager
+def make_raws(pair: Pair, grant: LeaseGrant) -> Iterator[list[RawSender]]:
+    """For each of the pair's senders a raw one that has opened the grant."""
+    with ExitStack() as stack:
+        raws = [stack.enter_context(make_raw(pair, sender_idx)) for sender_idx in range(len(pair.senders))]
+        for raw in raws:
+            raw.open(grant)
+        yield raws
