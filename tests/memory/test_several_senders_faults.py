@@ -222,10 +222,10 @@ def test_a_fault_at_any_time(name: str, seed: int) -> None:
             others = [raw for idx, raw in enumerate(raws) if idx != culprit]
             for idx, (layer_idx, slot) in enumerate(blocks):
                 raw = rng.choice(raws if idx < fault_at else others)
-                if idx == fault_at:
-                    raws[culprit].close() if rng.random() < 0.5 else raws[culprit].send(
-                        Kind.ABORT, grant, b"sender gone"
-                    )
+                if idx == fault_at and seed % 2:
+                    raws[culprit].close()
+                elif idx == fault_at:
+                    raws[culprit].send(Kind.ABORT, grant, b"sender gone")
                 raw.send_bytes(raw.pack_blocks(grant, layer_idx, slot, [slot]))
             assert "gone" in pair.event()[2]
             pair.target.storage.fill_(7)
