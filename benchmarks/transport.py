@@ -72,7 +72,7 @@ def measure(num_rounds: int) -> dict[str, Any]:
         samples = {("bulk", "memcpy"): copy_seconds(target, source)}
         for key, receiver in receivers.items():
             pages = list(range(LAYOUTS[key[0]][1]))
-            here.send((key, receiver.grant(f"round-{round_idx}", pages, first_page_idx=0, num_tokens=len(pages) * 16)))
+            here.send((key, receiver.grant(f"round-{round_idx}", pages, page_idxs=pages, num_tokens=len(pages) * 16)))
             if not here.poll(TIMEOUT_S):
                 raise TimeoutError(f"{key[1]} did not answer within {TIMEOUT_S:g} s")
             samples[key] = here.recv()
@@ -101,7 +101,7 @@ def serve_sender(pipe: multiprocessing.connection.Connection) -> None:
         start = time.perf_counter()
         stream = senders[key].open(grant, on_acked=lambda answers=answers: answers.put(""), on_failed=answers.put)
         for layer_idx in range(LAYOUTS[key[0]][0].num_layers):
-            stream.send(layer_idx, 0, grant.pages)
+            stream.send(layer_idx, grant.page_idxs, grant.pages)
         stream.commit(b"")
         if reason := answers.get(timeout=TIMEOUT_S):
             raise RuntimeError(reason)

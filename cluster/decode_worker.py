@@ -62,11 +62,12 @@ class DecodeWorker(Worker):
             self.engine.release_reservation(request.request_id)
             self.engine.add(request)
             return Admission("local")
+        first, num_pages = reservation.first_page_idx, len(reservation.pages)
         try:
             grant = self._receivers[transport].grant(
                 request.request_id,
                 reservation.pages,
-                first_page_idx=reservation.first_page_idx,
+                page_idxs=range(first, first + num_pages),
                 num_tokens=len(request.prompt_token_ids),
             )
         except BaseException:

@@ -25,7 +25,7 @@ class StreamExport:
 
     def on_layer(self, layer_idx: int, first_page_idx: int, pages: list[int]) -> None:
         """Enqueue this layer of these pages."""
-        self._stream.send(layer_idx, first_page_idx, pages)
+        self._stream.send(layer_idx, range(first_page_idx, first_page_idx + len(pages)), pages)
 
     def on_prefilled(self, first: FirstTokens) -> None:
         """Commit, with the first tokens."""

@@ -7,11 +7,15 @@ that were reused too early; it is no defence against somebody who can alter pack
 
     sender                        receiver
       |  <------------------ WELCOME  nonce
-      |  HELLO  layout  ----------->  binds the lease to this connection
+      |  HELLO  layout  ----------->  this connection is one of the lease's senders
       |  DATA   blocks  ----------->  ... many, of many leases
       |  PING ------> PONG            both sides learn that the other is alive
-      |  COMMIT payload ----------->
-      |  <------------------ ACK      or NACK reason, at any point
+      |  COMMIT payload ----------->  everything of this sender was sent
+      |  <------------------ ACK      once all of the lease's senders have committed
+
+Instead of ACK the receiver says NACK with a reason, at any point and unasked, when it ends the lease: what one sender
+does wrong, all hear. It also answers with NACK a frame that belongs to no lease of this connection. What it says of a
+lease's end comes before what it says to later frames of that lease.
 """
 
 import hmac

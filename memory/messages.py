@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class LeaseGrant:
     """A decode worker's permission to write one request's KV into its reserved pages.
 
-    The receiver made the pages and the key; whoever holds the grant may push frames until ``ttl_s`` seconds pass
-    without progress or the receiver bumps the epoch.
+    The receiver made the pages and the key; up to ``num_senders`` connections that hold the grant may push frames until
+    ``ttl_s`` seconds pass without a sign of one of them or the receiver bumps the epoch.
     """
 
     lease_id: int  # unique within the receiver's lifetime
@@ -17,8 +17,9 @@ class LeaseGrant:
     transport: str  # registry name
     address: str  # where the receiver listens, as the transport spells it
     pages: tuple[int, ...]  # the receiver's page ids, in sequence order, of the pages to be shipped
-    first_page_idx: int  # index in the sequence of pages[0]; earlier pages are already at the receiver
+    page_idxs: tuple[int, ...]  # index in the sequence of each of pages, rising; others are there, or elsewhere
     num_tokens: int  # tokens of the sequence that will hold valid KV after commit
     layout_digest: str  # KVLayout.digest() of the receiver's pool
-    ttl_s: float  # seconds without a valid frame after which the receiver frees the pages
+    ttl_s: float  # seconds without a valid frame of one of the senders after which the receiver frees the pages
     key: bytes  # HMAC key of this lease
+    num_senders: int = 1  # connections that fill the lease together

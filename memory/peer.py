@@ -1,5 +1,8 @@
 """One connection from a sender: its thread reads frames, decides which are entitled to what, and answers.
 
+Leases also end on other threads (another sender's commit or failure, expiry, a revocation). Their sessions here are
+then queued and the thread is woken, which says ACK or NACK before it answers any frame of such a lease.
+
 Subclasses say how a DATA frame's blocks get into the pages: out of the socket, or out of the sender's memory.
 """
 
@@ -11,6 +14,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +26,13 @@ from memory.frames import (
     FrameSocket,
     Header,
     Kind,
+    Waker,
     checksum,
     control,
     is_signed,
     session_key,
 )
-from memory.leases import Lease, LeaseError, LeaseTable
+from memory.leases import Lease, LeaseError, LeaseTable, Session
 from memory.pages import PagePool
 from memory.staging import make_blocks
 
@@ -53,13 +58,17 @@ class Peer(threading.Thread, ABC):
 
     def __init__(self, sock: socket.socket, leases: LeaseTable, *, pool: PagePool, config: TransportConfig) -> None:
         super().__init__(name="kv-peer", daemon=True)
-        self._channel = FrameSocket(sock)
+        self._waker = Waker()
+        self._channel = FrameSocket(sock, self._waker)
         self._leases = leases
         self._pool = pool
         self._config = config
         self._blocks = make_blocks(pool)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
-        self._opened: dict[int, Lease] = {}  # leases that said HELLO here, by id
+        self._opened: dict[int, Session] = {}  # of leases that said HELLO here, by lease id; the thread's own
+        self._ended: deque[tuple[Session, str | None]] = deque()  # of them those whose lease has ended, and why
+        self._lock = threading.Lock()  # guards _is_over and the waker's life
+        self._is_over = False
 
     def close(self) -> None:
         """End the connection soon; any thread may call this."""
@@ -76,15 +85,18 @@ class Peer(threading.Thread, ABC):
             logger.exception("connection from a sender")  # a defect; the leases must be freed all the same
         finally:
             self._channel.close()
-            for lease in self._opened.values():
-                self._leases.fail(lease, reason)
+            with self._lock:
+                self._is_over = True
+                self._waker.close()
+            for session in self._opened.values():
+                self._leases.fail(session.lease, reason)
 
     @abstractmethod
-    def _fill(self, lease: Lease, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
+    def _fill(self, session: Session, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
         """Put a DATA frame's blocks into ``targets``, and return the checksum they must have.
 
         Reads the whole payload from the connection until ``deadline``. Every write must be made without waiting, with
-        ``lease.lock`` held and ``lease.live``; if the lease is fenced meanwhile the rest is not written.
+        ``session.lock`` held and ``session.lease.live``; if the lease is fenced meanwhile the rest is not written.
         """
 
     def _expected_payload(self, num_pages: int) -> int:
@@ -103,6 +115,7 @@ class Peer(threading.Thread, ABC):
         is_trusted = False  # whether a frame was signed as it should be
         self._channel.send(control(Kind.WELCOME, 0, 0, self._nonce, key=b""), trusted_by)
         while True:
+            self._tell_ends()
             idle_until = time.monotonic() + _IDLE_S if is_trusted else trusted_by
             if self._channel.wait(select.POLLIN, idle_until):
                 is_trusted |= self._serve_frame(time.monotonic() + self._config.send_timeout_s)
@@ -114,77 +127,86 @@ class Peer(threading.Thread, ABC):
         raw = self._channel.receive(HEADER_BYTES, deadline)
         header = Header.unpack(raw)
         try:
-            lease = self._admit(raw, header)
+            session = self._admit(raw, header)
         except FrameRefused as refusal:
-            self._channel.drain(header.payload_bytes, deadline)
-            self._answer(Kind.NACK, header, str(refusal), deadline=deadline)
+            self._refuse(header, str(refusal), deadline)
             return False
-        lease.touch()
+        session.touch()
         try:
-            self._serve_admitted(lease, header, deadline)
+            self._serve_admitted(session, header, deadline)
         except LeaseError as error:
-            self._leases.fail(lease, str(error))
-            self._answer(Kind.NACK, header, str(error), deadline=deadline)
-        if not lease.live:
-            self._opened.pop(header.lease_id, None)
+            self._leases.fail(session.lease, str(error))
         return True
 
-    def _admit(self, raw: bytearray, header: Header) -> Lease:
-        """The lease of a frame that is entitled to it; raises ``FrameRefused``."""
+    def _admit(self, raw: bytearray, header: Header) -> Session:
+        """Whose frame this is, if it is entitled to its lease; raises ``FrameRefused``. HELLO takes a place in it."""
         lease = self._leases.find(header.lease_id)
         if lease is None:
             raise FrameRefused(f"lease {header.lease_id} was never granted, or is committed, expired or revoked")
-        is_opening = header.kind == Kind.HELLO and lease.owner is None
-        if not is_opening and lease.owner is not self:
+        session = self._opened.get(header.lease_id)
+        if session is None and header.kind != Kind.HELLO:
             raise FrameRefused(f"lease {header.lease_id} is not open on this connection")
-        key = session_key(lease.grant.key, self._nonce) if is_opening else lease.session_key
+        key = session.key if session else session_key(lease.grant.key, self._nonce)
         if not is_signed(raw, key):
             raise FrameRefused(f"the frame is not signed with the key of lease {header.lease_id}")
         if header.epoch != lease.epoch:
             raise FrameRefused(f"epoch {header.epoch} of lease {header.lease_id} is over")
-        return lease
+        session = session or lease.open(key=key, on_end=self._note_end)
+        if session is None:
+            raise FrameRefused(f"lease {header.lease_id} is open on as many connections as it may be")
+        self._opened[header.lease_id] = session
+        return session
 
-    def _serve_admitted(self, lease: Lease, header: Header, deadline: float) -> None:
+    def _refuse(self, header: Header, reason: str, deadline: float) -> None:
+        """Answer a frame with NACK, unless its lease was open here and has ended: that is the answer."""
+        self._channel.drain(header.payload_bytes, deadline)
+        session = self._opened.get(header.lease_id)
+        if session:
+            with session.lease.lock:
+                pass  # somebody who is ending the lease has queued our answer when the lock is free
+            self._tell_ends()
+        if not session or header.lease_id in self._opened:
+            self._answer(Kind.NACK, header, reason, deadline=deadline)
+
+    def _serve_admitted(self, session: Session, header: Header, deadline: float) -> None:
         """Serve an authentic frame; raises ``LeaseError`` if the lease must fail."""
         if header.kind == Kind.DATA:
-            self._take_blocks(lease, header, deadline)
+            self._take_blocks(session, header, deadline)
             return
         payload = bytes(self._channel.receive(header.payload_bytes, deadline))
         if checksum([payload]) != header.checksum:
             raise LeaseError("a control frame's payload does not match its checksum")
         if header.kind == Kind.HELLO:
-            self._bind(lease, payload)
-            self._answer(Kind.PONG, header, key=lease.session_key, deadline=deadline)
+            self._take_greeting(session, payload)
+            self._answer(Kind.PONG, header, key=session.key, deadline=deadline)
         elif header.kind == Kind.PING:
-            self._answer(Kind.PONG, header, key=lease.session_key, deadline=deadline)
+            self._answer(Kind.PONG, header, key=session.key, deadline=deadline)
         elif header.kind == Kind.COMMIT:
-            self._leases.commit(lease, payload)
-            self._answer(Kind.ACK, header, key=lease.session_key, deadline=deadline)
+            self._leases.commit(session, payload)
         elif header.kind == Kind.ABORT:
-            self._leases.fail(lease, payload.decode(errors="replace"))
+            self._leases.fail(session.lease, payload.decode(errors="replace"))
         else:
             raise LeaseError(f"frames of kind {header.kind} are not for receivers")
 
-    def _bind(self, lease: Lease, payload: bytes) -> None:
-        """Serve HELLO: from now on only this connection may fill the lease."""
+    def _take_greeting(self, session: Session, payload: bytes) -> None:
+        """Serve HELLO's payload."""
+        if session.has_greeted:
+            raise LeaseError("a sender opened the lease twice")
         try:
             details = json.loads(payload)
         except ValueError:
             raise LeaseError("HELLO's payload is not JSON") from None
         if not isinstance(details, dict):
             raise LeaseError("HELLO's payload is not an object")
-        self._greet(lease, details)
-        with lease.lock:
-            if lease.owner is not None:
-                raise LeaseError("the lease was opened twice")
-            lease.session_key = session_key(lease.grant.key, self._nonce)
-            lease.owner = self
-        self._opened[lease.grant.lease_id] = lease
+        self._greet(session.lease, details)
+        session.has_greeted = True
 
-    def _take_blocks(self, lease: Lease, header: Header, deadline: float) -> None:
+    def _take_blocks(self, session: Session, header: Header, deadline: float) -> None:
         """Fill a DATA frame's pages, verify them and count them."""
-        layer_idx, first, count = header.layer_idx, header.first_slot, header.num_pages
+        lease, layer_idx, first, count = session.lease, header.layer_idx, header.first_slot, header.num_pages
         try:
+            if session.has_committed:
+                raise LeaseError("a sender sent pages after its commit")
             pages = lease.claim(layer_idx, first, count)
             if header.payload_bytes != self._expected_payload(count):
                 raise LeaseError(f"{header.payload_bytes} bytes for {count} pages of {self._pool.layout.block_bytes}")
@@ -192,17 +214,39 @@ class Peer(threading.Thread, ABC):
             self._channel.drain(header.payload_bytes, deadline)
             raise
         targets = self._blocks.targets(layer_idx, pages)
-        expected = self._fill(lease, header, targets, deadline)
+        expected = self._fill(session, header, targets, deadline)
         matches = checksum(targets) == expected
+        with session.lock:
+            if matches and lease.live:
+                self._blocks.settle(layer_idx, pages)
         with lease.lock:
             if not lease.live:
-                return  # fenced meanwhile; the sender is told when its next frame comes
+                return  # fenced meanwhile: the sender is told of that
             if not matches:
                 raise LeaseError(f"pages {first}..{first + count} of layer {layer_idx} do not match their checksum")
-            self._blocks.settle(layer_idx, pages)
             lease.settle(layer_idx, first, count)
         self._leases.count(count * self._pool.layout.block_bytes)
-        lease.touch()
+        session.touch()
+
+    def _note_end(self, session: Session, failure: str | None) -> None:
+        """A lease that is open here has ended; any thread may call this."""
+        with self._lock:
+            if not self._is_over:
+                self._ended.append((session, failure))
+                self._waker.set()
+
+    def _tell_ends(self) -> None:
+        """Say ACK or NACK for every lease that has ended; its later frames are refused like any stranger's."""
+        while self._ended:
+            session, failure = self._ended.popleft()
+            grant = session.lease.grant
+            del self._opened[grant.lease_id]
+            header = Header(Kind.COMMIT, grant.lease_id, grant.epoch)
+            deadline = time.monotonic() + self._config.send_timeout_s
+            if failure is None:
+                self._answer(Kind.ACK, header, key=session.key, deadline=deadline)
+            else:
+                self._answer(Kind.NACK, header, failure, deadline=deadline)
 
     def _answer(self, kind: Kind, header: Header, reason: str = "", *, key: bytes = b"", deadline: float) -> None:
         """Answer a frame. A NACK needs no signature: who can forge one can as well cut the connection."""

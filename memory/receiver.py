@@ -55,11 +55,15 @@ class StreamReceiver(KVReceiver):
         self._watch = threading.Thread(target=self._run_watch, name="kv-receiver", daemon=True)
         self._watch.start()
 
-    def grant(self, request_id: str, pages: Sequence[int], *, first_page_idx: int, num_tokens: int) -> LeaseGrant:
+    def grant(
+        self, request_id: str, pages: Sequence[int], *, page_idxs: Sequence[int], num_tokens: int, num_senders: int = 1
+    ) -> LeaseGrant:
         with self._lock:
             if self._closing:
                 raise RuntimeError("the receiver is closed")
-            grant = self._leases.grant(request_id, pages, first_page_idx=first_page_idx, num_tokens=num_tokens)
+            grant = self._leases.grant(
+                request_id, pages, page_idxs=page_idxs, num_tokens=num_tokens, num_senders=num_senders
+            )
             self._waker.set()  # the watch must know of its deadline
         return grant
 
@@ -101,8 +105,7 @@ class StreamReceiver(KVReceiver):
             if any(fd == self._listener.fileno() for fd, _ in ready):
                 self._accept()
             for lease in self._leases.all():
-                if lease.deadline <= time.monotonic():
-                    self._leases.fail(lease, f"the sender made no progress for {lease.grant.ttl_s:g} s")
+                self._leases.expire(lease)
         self._listener.close()
 
     def _accept(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from memory.config import TransportConfig
 from memory.frames import Buffer, Header, checksum
 from memory.layout import KVLayout
-from memory.leases import Lease, LeaseError, LeaseTable
+from memory.leases import Lease, LeaseError, LeaseTable, Session
 from memory.link import Payloads
 from memory.pages import PagePool
 from memory.peer import Peer
@@ -57,7 +57,7 @@ class CopyPeer(Peer):
         if name != self._source_name:
             raise LeaseError(f"this connection's segment is {self._source_name}, not {name}")
 
-    def _fill(self, lease: Lease, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
+    def _fill(self, session: Session, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
         payload = self._channel.receive(header.payload_bytes, deadline)
         if checksum([payload]) != header.checksum:
             raise LeaseError("a descriptor does not match its checksum")
@@ -66,8 +66,8 @@ class CopyPeer(Peer):
         pages = np.frombuffer(payload, dtype="<u4", offset=_CHECKSUM.size)
         if pages.max() >= source.shape[1]:
             raise LeaseError(f"page {pages.max()} is not in the sender's segment, which has {source.shape[1]}")
-        with lease.lock:
-            if lease.live:
+        with session.lock:
+            if session.lease.live:
                 _copy(source[header.layer_idx], pages.tolist(), targets)
         return _CHECKSUM.unpack_from(payload)[0]
 

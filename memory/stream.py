@@ -43,6 +43,7 @@ class Stream(KVStream):
         self._pool = pool
         self._on_acked = on_acked
         self._on_failed = on_failed
+        self._slots = {page_idx: slot for slot, page_idx in enumerate(grant.page_idxs)}
         self._lock = threading.Lock()
         self._open = True
 
@@ -51,21 +52,21 @@ class Stream(KVStream):
         """Whether neither an acknowledgement, a failure nor an abort has ended it."""
         return self._open
 
-    def send(self, layer_idx: int, first_page_idx: int, pages: Sequence[int]) -> None:
-        layout, num_pages = self._pool.layout, self._pool.num_pages
-        if not 0 <= layer_idx < layout.num_layers:
-            raise ValueError(f"layer {layer_idx} is not in the pool; allowed: 0..{layout.num_layers - 1}")
-        if any(not 0 <= page < num_pages for page in pages):
-            raise ValueError(f"pages {list(pages)} are not in the pool; allowed: 0..{num_pages - 1}")
-        first_slot = first_page_idx - self.grant.first_page_idx
-        wanted = tuple(pages[max(0, -first_slot) :])
-        first_slot = max(0, first_slot)
-        if wanted and first_slot + len(wanted) > len(self.grant.pages):
-            sent = f"{first_page_idx}..{first_page_idx + len(pages)}"
-            end = self.grant.first_page_idx + len(self.grant.pages)
-            raise ValueError(f"pages {sent} of the sequence are not in the grant, which ends at {end}")
-        if wanted:
-            self._order(Order(self, Kind.DATA, layer_idx, first_slot, wanted, ready=self._event()))
+    def send(self, layer_idx: int, page_idxs: Sequence[int], pages: Sequence[int]) -> None:
+        self._check(layer_idx, page_idxs, pages)
+        runs: list[tuple[int, list[int]]] = []  # first slot, and the pages of it and the following ones
+        next_slot = -1
+        for page_idx, page in zip(page_idxs, pages, strict=True):
+            slot = self._slots.get(page_idx)
+            if slot is None:
+                continue
+            if slot != next_slot:
+                runs.append((slot, []))
+            runs[-1][1].append(page)
+            next_slot = slot + 1
+        ready = self._event() if runs else None
+        for first_slot, wanted in runs:
+            self._order(Order(self, Kind.DATA, layer_idx, first_slot, tuple(wanted), ready=ready))
 
     def commit(self, payload: bytes) -> None:
         if len(payload) > MAX_CONTROL_BYTES:
@@ -93,6 +94,21 @@ class Stream(KVStream):
                 self._on_failed(failure)
         except Exception:  # the engine's defect: the link goes on serving other streams
             logger.exception("callback of request %s", self.grant.request_id)
+
+    def _check(self, layer_idx: int, page_idxs: Sequence[int], pages: Sequence[int]) -> None:
+        """Raise ``ValueError`` if this cannot be sent. ``min`` and ``max`` keep it cheap: every layer comes by here."""
+        layout, num_pages = self._pool.layout, self._pool.num_pages
+        if not 0 <= layer_idx < layout.num_layers:
+            raise ValueError(f"layer {layer_idx} is not in the pool; allowed: 0..{layout.num_layers - 1}")
+        if len(page_idxs) != len(pages):
+            raise ValueError(f"page_idxs has {len(page_idxs)} entries for {len(pages)} pages; allowed: one for each")
+        if not pages:
+            return
+        if min(pages) < 0 or max(pages) >= num_pages:
+            raise ValueError(f"pages {list(pages)} are not in the pool; allowed: 0..{num_pages - 1}")
+        granted, last = self.grant.page_idxs, max(page_idxs)
+        if granted and last > granted[-1]:  # an empty grant has no end: the receiver has every page, or another one has
+            raise ValueError(f"page {last} of the sequence is not in the grant, which ends at {granted[-1] + 1}")
 
     def _order(self, order: Order) -> None:
         assert self.put is not None

@@ -13,7 +13,7 @@ import torch
 from memory.config import TransportConfig
 from memory.frames import Buffer, Cursor, Header, checksum
 from memory.layout import KVLayout
-from memory.leases import Lease
+from memory.leases import Session
 from memory.link import Payloads
 from memory.pages import PagePool
 from memory.peer import Peer
@@ -28,11 +28,11 @@ _ANY_ROUTED_ADDRESS = ("192.0.2.1", 9)  # reserved for documentation; nothing is
 class BlockPeer(Peer):
     """Has blocks written out of the socket straight into the pages."""
 
-    def _fill(self, lease: Lease, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
+    def _fill(self, session: Session, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
         cursor = Cursor(targets)
         while cursor:
-            with lease.lock:
-                if not lease.live:
+            with session.lock:
+                if not session.lease.live:
                     break
                 got = self._channel.receive_some(cursor)
             if not got:

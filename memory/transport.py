@@ -2,7 +2,10 @@
 
 D reserves pages and grants a lease (``memory/messages.py``); P opens a stream on the grant, pushes each layer's pages
 as soon as they are final and commits; D commits when every (layer, page) has arrived and verified, and acknowledges;
-P then frees its pages. A new transport is one module and one line in ``TRANSPORTS``.
+P then frees its pages. P may be a group of ranks, each of which is a sender of its own and pushes the pages that lie
+with it; all open the same grant, and it ends for all at once. D may be a group as well: each rank is a receiver of its
+own and grants a lease on its share of the sequence's pages. A new transport is one module and one line in
+``TRANSPORTS``.
 
 Not here: choosing workers, and who frees pages (``cluster``, ``longctx/engine``).
 """
@@ -18,12 +21,13 @@ from parallel.registry import Registry
 
 
 class KVReceiver(ABC):
-    """One per decode worker: grants leases on its pages and lets senders fill them.
+    """One per decode worker, or rank of one: grants leases on its pages and lets senders fill them.
 
     Args:
         pool: where the pages are.
         config: addresses and timeouts.
-        on_commit: called with (request_id, payload) once every page of the lease holds what was sent.
+        on_commit: called with (request_id, payload) once every page of the lease holds what was sent and all senders
+            have committed; the payload is that of the one sender that gave one, or empty.
         on_failed: called with (request_id, reason) once the lease is fenced; its pages may be used for something else.
 
     For each grant exactly one of the two is called, exactly once, on a thread of the transport; neither is called after
@@ -34,11 +38,17 @@ class KVReceiver(ABC):
     address: str  # where senders reach it
 
     @abstractmethod
-    def grant(self, request_id: str, pages: Sequence[int], *, first_page_idx: int, num_tokens: int) -> LeaseGrant:
-        """Permission to fill ``pages``, which are the sequence's pages ``first_page_idx...``.
+    def grant(
+        self, request_id: str, pages: Sequence[int], *, page_idxs: Sequence[int], num_tokens: int, num_senders: int = 1
+    ) -> LeaseGrant:
+        """Permission to fill ``pages``, which are the sequence's pages ``page_idxs`` (rising, gaps allowed).
 
-        Raises ``ValueError`` if the request already holds a live lease or a page is not in the pool, ``RuntimeError``
-        after ``close``.
+        ``num_senders`` senders fill them together, each whatever lies with it. The lease commits when all have, and
+        fails if one aborts, is lost, breaks the protocol or is silent for ``lease_ttl_s``, counted from the grant
+        until it opens the lease.
+
+        Raises ``ValueError`` if the request already holds a live lease, a page is not in the pool, ``page_idxs`` does
+        not fit ``pages`` or ``num_senders`` is below 1, ``RuntimeError`` after ``close``.
         """
 
     @abstractmethod
@@ -64,24 +74,30 @@ class KVStream(ABC):
     """One request's way to its receiver. Callable from the engine's thread: no method blocks, they only enqueue."""
 
     @abstractmethod
-    def send(self, layer_idx: int, first_page_idx: int, pages: Sequence[int]) -> None:
-        """This layer of the sequence's pages ``first_page_idx...`` is final and lies in the sender's ``pages``.
+    def send(self, layer_idx: int, page_idxs: Sequence[int], pages: Sequence[int]) -> None:
+        """This layer of the sequence's pages ``page_idxs`` is final and lies in the sender's ``pages``, in that order.
 
-        Pages before the grant's first one are skipped. The pages must stay as they are until the stream is
-        acknowledged, has failed or was aborted. Raises ``ValueError`` for pages or layers outside the grant or pool.
+        Pages that are not in the grant, before its first one or in its gaps, are skipped: they are at the receiver or
+        go to another one. Neighbours in the grant that are sent together, in order, travel together. The pages must
+        stay as they are until the stream is acknowledged, has failed or was aborted.
+
+        Raises ``ValueError``, and sends nothing, for an index past the grant's last one, pages or layers outside the
+        pool, and unequal lengths.
         """
 
     @abstractmethod
     def commit(self, payload: bytes) -> None:
-        """Everything was sent; ``payload`` is handed to the receiver's ``on_commit``."""
+        """Everything of this sender was sent. ``payload`` is handed to the receiver's ``on_commit``; of the senders
+        of one lease only one may give one that is not empty."""
 
     @abstractmethod
     def abort(self, reason: str) -> None:
-        """Give up: the receiver's ``on_failed`` gets ``reason``; neither callback of this stream starts any more."""
+        """Give up: the receiver's ``on_failed`` and those of the lease's other senders get ``reason``; neither callback
+        of this stream starts any more."""
 
 
 class KVSender(ABC):
-    """One per prefill worker: opens streams on grants and pushes their pages on threads of its own.
+    """One per prefill worker, or rank of one: opens streams on grants and pushes their pages on threads of its own.
 
     Args:
         pool: where the pages are.
@@ -95,8 +111,9 @@ class KVSender(ABC):
         """A stream on ``grant``; does not block, the connection is made on the sender's thread.
 
         Unless the stream is aborted exactly one of the callbacks is called, once, on a thread of the transport:
-        ``on_acked`` when the receiver has verified and committed everything, ``on_failed`` with the reason when it
-        refused, cannot be reached or stopped answering. Either way the pages may be freed.
+        ``on_acked`` when the receiver has verified and committed everything, of all senders; ``on_failed`` with the
+        reason when it refused, ended the lease, cannot be reached or stopped answering. Either way the pages may be
+        freed.
 
         Raises ``ValueError`` if the grant is for another transport or another layout, ``RuntimeError`` after ``close``.
         """

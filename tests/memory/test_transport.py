@@ -29,12 +29,12 @@ def test_round_trip(name: str, frame_bytes: str, num_cached: int) -> None:
         grant = pair.grant(TARGET_PAGES[num_cached:], first_page_idx=num_cached)
         stream = pair.open(grant)
         for layer_idx in range(LAYOUT.num_layers):  # as chunked prefill does: in pieces
-            stream.send(layer_idx, 0, SOURCE_PAGES[:3])
-            stream.send(layer_idx, 3, SOURCE_PAGES[3:])
+            stream.send(layer_idx, range(3), SOURCE_PAGES[:3])
+            stream.send(layer_idx, range(3, 8), SOURCE_PAGES[3:])
         stream.commit(b"first tokens")
         assert pair.answer() == ("acked", "r")
         assert pair.event() == ("commit", "r", "first tokens")
-        assert pair.arrived(SOURCE_PAGES[num_cached:], TARGET_PAGES[num_cached:])
+        assert pair.arrived((SOURCE_PAGES[num_cached:], TARGET_PAGES[num_cached:]))
         shipped = (len(TARGET_PAGES) - num_cached) * LAYOUT.page_bytes
         assert (pair.sender.bytes_shipped, pair.receiver.bytes_received) == (shipped, shipped)
         assert pair.receiver.num_leases == 0
@@ -48,10 +48,10 @@ def test_large_blocks(name: str) -> None:
     with make_pair(name, layout=layout, num_pages=3) as pair:
         stream = pair.open(pair.grant([2, 0]))
         for layer_idx in range(2):
-            stream.send(layer_idx, 0, [0, 1])
+            stream.send(layer_idx, [0, 1], [0, 1])
         stream.commit(b"")
         assert pair.answer() == ("acked", "r")
-        assert pair.arrived([0, 1], [2, 0])
+        assert pair.arrived(([0, 1], [2, 0]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,13 +62,13 @@ def test_leases_interleave(name: str) -> None:
         for layer_idx in range(LAYOUT.num_layers):
             for slot in range(3):
                 for key, stream in streams.items():
-                    stream.send(layer_idx, slot, plans[key][0][slot : slot + 1])
+                    stream.send(layer_idx, [slot], [plans[key][0][slot]])
         for key, stream in streams.items():
             stream.commit(key.encode())
         assert {pair.event() for _ in plans} == {("commit", key, key) for key in plans}
         assert {pair.answer() for _ in plans} == {("acked", key) for key in plans}
         sources = [page for plan in plans.values() for page in plan[0]]
-        assert pair.arrived(sources, [page for plan in plans.values() for page in plan[1]])
+        assert pair.arrived((sources, [page for plan in plans.values() for page in plan[1]]))
         assert sum(thread.name == "kv-peer" for thread in threading.enumerate()) == 1  # one connection
 
 
@@ -91,10 +91,10 @@ def test_slow_prefill_keeps_its_lease(name: str) -> None:
         stream = pair.open(pair.grant([0]))
         assert pair.is_silent(1.0)
         for layer_idx in range(LAYOUT.num_layers):
-            stream.send(layer_idx, 0, [1])
+            stream.send(layer_idx, [0], [1])
         stream.commit(b"")
         assert pair.answer() == ("acked", "r")
-        assert pair.arrived([1], [0])
+        assert pair.arrived(([1], [0]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,7 +117,7 @@ def test_incomplete_commit(name: str) -> None:
     with make_pair(name) as pair:
         stream = pair.open(pair.grant([0, 1]))
         for layer_idx in range(LAYOUT.num_layers):
-            stream.send(layer_idx, 0, [4, 5] if layer_idx else [4])
+            stream.send(layer_idx, [0, 1] if layer_idx else [0], [4, 5] if layer_idx else [4])
         stream.commit(b"")
         assert pair.event() == ("failed", "r", "commit with 1 blocks missing")
         assert pair.answer()[0] == "failed"
@@ -128,7 +128,7 @@ def test_incomplete_commit(name: str) -> None:
 def test_abort(name: str) -> None:
     with make_pair(name) as pair:
         stream = pair.open(pair.grant([0, 1]))
-        stream.send(0, 0, [4, 5])
+        stream.send(0, [0, 1], [4, 5])
         stream.abort("the client went away")
         stream.commit(b"")  # too late, ignored
         assert pair.event() == ("failed", "r", "the client went away")
@@ -139,7 +139,7 @@ def test_abort(name: str) -> None:
 def test_revoke(name: str) -> None:
     with make_pair(name, replace(CONFIG, send_timeout_s=0.8)) as pair:
         stream = pair.open(pair.grant([0, 1]))
-        stream.send(0, 0, [4, 5])
+        stream.send(0, [0, 1], [4, 5])
         pair.receiver.revoke("r")
         pair.receiver.revoke("r")
         pair.receiver.revoke("unknown")
@@ -147,7 +147,7 @@ def test_revoke(name: str) -> None:
         kind, _, reason = pair.answer()  # the sender hears of it without sending anything more
         assert kind == "failed"
         assert "revoked" in reason
-        stream.send(1, 0, [4, 5])
+        stream.send(1, [0, 1], [4, 5])
         assert pair.is_silent()
         assert pair.is_untouched()
         ship(pair.open(pair.grant([2])), [3])  # the same request again
@@ -181,7 +181,7 @@ def test_revoke_fences_a_running_transfer(name: str, delay_s: float) -> None:
     with make_pair(name, layout=layout, num_pages=64) as pair:
         stream = pair.open(pair.grant(list(range(64))))
         for layer_idx in range(4):
-            stream.send(layer_idx, 0, list(range(64)))
+            stream.send(layer_idx, range(64), range(64))
         time.sleep(delay_s)
         pair.receiver.revoke("r")
         pair.target.storage.fill_(0)
@@ -205,7 +205,7 @@ def test_revoke_waits_for_the_callback() -> None:
     with make_pair("tcp") as pair:
         transport = TRANSPORTS.get("tcp")
         receiver = transport.make_receiver(PagePool(LAYOUT, 2), CONFIG, on_commit=commit, on_failed=lambda *_: None)
-        ship(pair.open(receiver.grant("r", [0], first_page_idx=0, num_tokens=16)), [1])
+        ship(pair.open(receiver.grant("r", [0], page_idxs=[0], num_tokens=16)), [1])
         assert started.wait(WAIT_S)
         receiver.revoke("r")
         assert finished.is_set()
@@ -227,7 +227,7 @@ def test_unreachable_receiver(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_receiver_closes(name: str) -> None:
     with make_pair(name) as pair:
-        pair.open(pair.grant([0])).send(0, 0, [1])
+        pair.open(pair.grant([0])).send(0, [0], [1])
         assert pair.is_silent(0.1)
         pair.receiver.close()
         assert pair.answer()[0] == "failed"
@@ -237,7 +237,7 @@ def test_receiver_closes(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_sender_closes(name: str) -> None:
     with make_pair(name) as pair:
-        pair.open(pair.grant([0])).send(0, 0, [1])
+        pair.open(pair.grant([0])).send(0, [0], [1])
         assert pair.is_silent(0.1)
         pair.sender.close()
         assert "closed" in pair.answer()[2]
@@ -277,13 +277,20 @@ def test_wrong_use() -> None:
         for pages in ([32], [-1], [3, 3]):
             with pytest.raises(ValueError, match=r"0\.\.31"):
                 pair.grant(pages, request_id="s")
+        for page_idxs, message in (([0], "one for each"), ([1, 1], "rising"), ([1, 0], "rising"), ([-1, 0], "from 0")):
+            with pytest.raises(ValueError, match=message):
+                pair.grant([4, 5], request_id="s", page_idxs=page_idxs)
+        with pytest.raises(ValueError, match="num_senders=0"):
+            pair.receiver.grant("s", [4], page_idxs=[0], num_tokens=16, num_senders=0)
         stream = pair.open(grant)
         with pytest.raises(ValueError, match="layer 3"):
-            stream.send(3, 2, [0, 1])
+            stream.send(3, [2, 3], [0, 1])
         with pytest.raises(ValueError, match=r"pages \[32\]"):
-            stream.send(0, 2, [32])
+            stream.send(0, [2], [32])
         with pytest.raises(ValueError, match="ends at 4"):
-            stream.send(0, 2, [0, 1, 2])
+            stream.send(0, [2, 3, 4], [0, 1, 2])
+        with pytest.raises(ValueError, match="one for each"):
+            stream.send(0, [2, 3], [0])
         assert pair.receiver.num_leases == 1
     with make_pair("shared_memory") as pair, pytest.raises(TypeError, match="allocate"):
         TRANSPORTS.get("shared_memory").make_sender(pair.target, CONFIG)
@@ -297,12 +304,12 @@ def test_gpu_pools() -> None:
     done = threading.Event()
     receiver = transport.make_receiver(target, CONFIG, on_commit=lambda *_: None, on_failed=lambda *_: None)
     sender = transport.make_sender(source, CONFIG)
-    grant = receiver.grant("r", TARGET_PAGES, first_page_idx=0, num_tokens=128)
+    grant = receiver.grant("r", TARGET_PAGES, page_idxs=range(8), num_tokens=128)
     stream = sender.open(grant, on_acked=done.set, on_failed=print)
     for layer_idx in range(LAYOUT.num_layers):
         torch.cuda._sleep(10_000_000)  # the copy must wait for what is computed before it
         source.storage[layer_idx].random_(1, 256)
-        stream.send(layer_idx, 0, SOURCE_PAGES)
+        stream.send(layer_idx, range(8), SOURCE_PAGES)
     stream.commit(b"")
     assert done.wait(WAIT_S)
     expected = torch.zeros_like(target.storage)

@@ -33,7 +33,7 @@ pool = TRANSPORTS.get(name).allocate(LAYOUT, 8)
 sender = TRANSPORTS.get(name).make_sender(pool, config)
 print("ready", flush=True)
 stream = sender.open(decode(sys.stdin.readline()), on_acked=print, on_failed=print)
-stream.send(0, 0, [0, 1])
+stream.send(0, [0, 1], [0, 1])
 time.sleep(60)
 """
 
@@ -45,7 +45,7 @@ from memory.transport import TRANSPORTS
 from tests.memory.test_transport_faults import decode, encode
 name, config, layout = decode(sys.argv[1])
 receiver = TRANSPORTS.get(name).make_receiver(PagePool(layout, 8), config, on_commit=print, on_failed=print)
-grants = [receiver.grant(str(idx), [2 * idx, 2 * idx + 1], first_page_idx=0, num_tokens=32) for idx in range(4)]
+grants = [receiver.grant(str(idx), [2 * idx, 2 * idx + 1], page_idxs=[0, 1], num_tokens=32) for idx in range(4)]
 print(encode(grants), flush=True)
 time.sleep(60)
 """
@@ -125,7 +125,7 @@ def test_receiver_freezes_and_dies(name: str) -> None:
         process.send_signal(signal.SIGCONT)
 
         stream = pair.open(during)
-        stream.send(0, 0, [0, 1])
+        stream.send(0, [0, 1], [0, 1])
         assert pair.is_silent(0.8)  # it is answered
         freeze(process)
         assert "no answer within 0.5 s" in pair.answer()[2]
@@ -138,7 +138,7 @@ def test_receiver_freezes_and_dies(name: str) -> None:
         assert "no answer within 0.5 s" in pair.answer()[2]
         process.send_signal(signal.SIGCONT)
 
-        pair.open(killed).send(0, 0, [0, 1])
+        pair.open(killed).send(0, [0, 1], [0, 1])
         assert pair.is_silent()
         process.kill()
         assert re.search("closed the connection|reset", pair.answer()[2])
@@ -155,5 +155,5 @@ def test_receiver_freezes_inside_a_frame() -> None:
         assert pair.is_silent(0.2)
         freeze(process)
         for layer_idx in range(LAYOUT.num_layers):
-            stream.send(layer_idx, 0, [0, 1])
+            stream.send(layer_idx, [0, 1], [0, 1])
         assert re.search("took no data in time|no answer", pair.answer()[2])

@@ -52,7 +52,7 @@ def test_grant_that_is_not_the_receivers(name: str, case: str) -> None:
         assert pair.is_untouched()
         ship(pair.open(grant), [4, 5])
         assert pair.answer() == ("acked", "r")
-        assert pair.arrived([4, 5], [0, 1])
+        assert pair.arrived(([4, 5], [0, 1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
