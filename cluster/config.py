@@ -6,8 +6,30 @@ from longctx.engine.config import EngineConfig
 from longctx.models.config import ModelConfig
 from memory.config import TransportConfig
 from parallel.option import option, parse_size
+from parallel.plans import PLANS
 
 POLICY_NAMES = ("shortest_queue",)
+PLAN_NAMES = ("auto", *PLANS)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """Each prefill worker."""
+
+    sp_degree: int = option(1, "ranks of each prefill worker, which share every prompt's tokens", minimum=1)
+    plan: str = option("auto", "how ranks exchange keys or queries of prompts", choices=PLAN_NAMES)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Each decode worker."""
+
+    sp_degree: int = option(
+        1, "ranks of each decode worker, which share every context's KV: it holds as many times more", minimum=1
+    )
+    plan: str = option(
+        "auto", "how ranks exchange keys or queries of prompts that are computed there", choices=PLAN_NAMES
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +38,11 @@ class ClusterConfig:
 
     num_prefill_workers: int = option(1, "actors that compute prompts; 0: decode workers compute them", minimum=0)
     num_decode_workers: int = option(1, "actors that generate", minimum=1)
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    links_file: str | None = option(
+        None, "what longctx plan links measured, for plan=auto where a worker has ranks; null: a fast switch"
+    )
     local_prefill_tokens: int = option(
         512, "prompts with at most this many uncached tokens are computed where they are decoded", minimum=0
     )
@@ -31,9 +58,13 @@ class ClusterConfig:
     start_timeout_s: float = option(300.0, "seconds the workers may take to load the model", above=0)
 
     @property
-    def num_workers(self) -> int:
-        """Processes with an engine."""
-        return self.num_prefill_workers + self.num_decode_workers
+    def num_processes(self) -> int:
+        """Processes that compute: every rank of every worker."""
+        return self.num_prefill_workers * self.prefill.sp_degree + self.num_decode_workers * self.decode.sp_degree
+
+    def group_of(self, role: str) -> PrefillConfig | DecodeConfig:
+        """The configuration of the workers of one role."""
+        return self.prefill if role == "prefill" else self.decode
 
 
 @dataclass(frozen=True, slots=True)

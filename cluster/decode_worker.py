@@ -4,17 +4,34 @@ A transfer that fails is not the client's business: its pages are fenced, given 
 """
 
 import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from cluster.first_tokens import decode_first_tokens
 from cluster.messages import Admission
+from cluster.shipping import open_receivers
 from cluster.worker import Worker
 from longctx.engine.build import MakePool
 from longctx.engine.engine import Engine
+from longctx.engine.export import Reservation
 from longctx.errors import LongctxError, WorkerLostError
 from longctx.messages import GenerationRequest, OutputDelta
-from memory.transport import TRANSPORTS, KVReceiver
+from longctx.shards.exports import OwnPages
+from memory.messages import LeaseGrant
+from memory.transport import KVReceiver
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A prompt whose KV is on its way."""
+
+    request: GenerationRequest
+    missing: set[int]  # ranks whose part has not arrived
 
 
 class DecodeWorker(Worker):
@@ -26,31 +43,40 @@ class DecodeWorker(Worker):
         return None  # it only receives: any memory will do
 
     def _open(self, engine: Engine) -> None:
-        self._arriving: dict[str, GenerationRequest] = {}  # prompts whose KV is on its way
+        self._arriving: dict[str, _Arrival] = {}
         self._receivers: dict[str, KVReceiver] = {}
-        if self.config.cluster.num_prefill_workers == 0:
-            return
-        wanted = TRANSPORTS if self.config.transport.name == "auto" else (self.config.transport.name,)
-        for name in wanted:
-            self._receivers[name] = TRANSPORTS.get(name).make_receiver(
-                engine.pool,
+        if self.config.cluster.num_prefill_workers:
+            self._receivers = open_receivers(
+                engine.local_pool,
                 self.config.transport,
-                on_commit=lambda request_id, payload: self._from_transport(self._commit, request_id, payload),
+                on_commit=lambda request_id, payload: self._from_transport(self._arrive, request_id, 0, payload),
                 on_failed=lambda request_id, reason: self._from_transport(self._compute_here, request_id, reason),
             )
 
-    async def admit(self, request: GenerationRequest, transport: str | None) -> Admission:
-        """Reserve pages for a prompt that a prefill worker will send over ``transport``; None: compute it here.
+    async def admit(self, request: GenerationRequest, transport: str | None, num_senders: int = 1) -> Admission:
+        """Reserve pages for a prompt that a prefill worker's ``num_senders`` ranks will send over ``transport``.
 
-        Raises ``RequestError`` or ``QueueFullError``.
+        None: compute it here. Raises ``RequestError`` or ``QueueFullError``.
         """
-        return await self.on_engine(self._admit, request, transport)
+        reserved = await self.on_engine(self._reserve, request, transport)
+        if isinstance(reserved, Admission):
+            return reserved
+        assert transport is not None
+        try:
+            grants = await self._grant(request, transport, reserved, num_senders)
+        except BaseException:
+            await self.cancel(request.request_id)
+            raise
+        if request.request_id not in self._arriving:  # cancelled meanwhile
+            await self._revoke(request.request_id)
+            raise LongctxError(f"request {request.request_id!r} was cancelled")
+        return Admission("leased", grants)
 
     async def compute_here(self, request_id: str, reason: str) -> None:
         """The prefill worker is lost or refused: take the lease back and compute the prompt here."""
         await self.on_engine(self._compute_here, request_id, reason)
 
-    def _admit(self, request: GenerationRequest, transport: str | None) -> Admission:
+    def _reserve(self, request: GenerationRequest, transport: str | None) -> Admission | Reservation:
         if transport is None:
             self.engine.add(request)
             return Admission("local")
@@ -62,61 +88,105 @@ class DecodeWorker(Worker):
             self.engine.release_reservation(request.request_id)
             self.engine.add(request)
             return Admission("local")
-        first, num_pages = reservation.first_page_idx, len(reservation.pages)
-        try:
-            grant = self._receivers[transport].grant(
-                request.request_id,
-                reservation.pages,
-                page_idxs=range(first, first + num_pages),
-                num_tokens=len(request.prompt_token_ids),
-            )
-        except BaseException:
-            self.engine.release_reservation(request.request_id)
-            raise
-        self._arriving[request.request_id] = request
-        return Admission("leased", grant)
+        ranks = range(self.ranks.sp_degree)
+        self._arriving[request.request_id] = _Arrival(request, {r for r in ranks if self._select(r, reservation)[1]})
+        return reservation
 
-    def _from_transport(self, function, request_id: str, detail: str | bytes) -> None:
-        """On a thread of the transport: hand over to the engine's."""
+    def _select(self, rank: int, reservation: Reservation) -> tuple[list[int], list[int]]:
+        """A rank's part of the reserved pages: indices in the sequence, and its own numbers."""
+        own = OwnPages(rank, self.engine.local_pool.num_pages)
+        return own.select(reservation.first_page_idx, reservation.pages)
+
+    async def _grant(
+        self, request: GenerationRequest, transport: str, reservation: Reservation, num_senders: int
+    ) -> tuple[LeaseGrant, ...]:
+        """A lease on each rank that has pages for the prompt."""
+        request_id, num_tokens = request.request_id, len(request.prompt_token_ids)
+        page_idxs, pages = self._select(0, reservation)
+        grants = []
+        if pages:
+            receiver = self._receivers[transport]
+            grants.append(
+                receiver.grant(request_id, pages, page_idxs=page_idxs, num_tokens=num_tokens, num_senders=num_senders)
+            )
+        for rank in range(1, self.ranks.sp_degree):
+            page_idxs, pages = self._select(rank, reservation)
+            if pages:
+                arguments = (transport, request_id, pages, page_idxs, num_tokens, num_senders)
+                grants.append(await self.ranks.call_one(rank, "grant", *arguments))
+        return tuple(grants)
+
+    def _from_transport(self, function: Callable[..., None], request_id: str, *details: Any) -> None:
+        """On a thread that is not the engine's: hand over to that."""
         try:
-            self.engine_loop.call(function, request_id, detail)
+            self.engine_loop.call(function, request_id, *details)
         except (WorkerLostError, RuntimeError):  # closing: nobody waits any more
             logger.debug("%s: %s came after the end", self.name, request_id)
 
-    def _commit(self, request_id: str, payload: bytes) -> None:
-        request = self._arriving.pop(request_id, None)
-        if request is None:  # cancelled meanwhile
+    def _take_arrival(self, rank: int, request_id: str, payload: bytes | None, reason: str) -> None:
+        if payload is None:
+            self._from_transport(self._compute_here, request_id, reason)
+        else:
+            self._from_transport(self._arrive, request_id, rank, payload)
+
+    def _arrive(self, request_id: str, rank: int, payload: bytes) -> None:
+        """A rank has its part of a prompt's KV; once all have, the first tokens are sampled already."""
+        arrival = self._arriving.get(request_id)
+        if arrival is None:  # cancelled meanwhile
             return
+        arrival.missing.discard(rank)
+        if arrival.missing:
+            return
+        del self._arriving[request_id]
         try:
             self.post(self.engine.attach(request_id, decode_first_tokens(payload)))
         except (ValueError, LongctxError) as error:
-            self._arriving[request_id] = request
+            self._arriving[request_id] = arrival
             self._compute_here(request_id, str(error))
 
     def _compute_here(self, request_id: str, reason: str) -> None:
-        request = self._arriving.pop(request_id, None)
-        if request is None:
+        arrival = self._arriving.pop(request_id, None)
+        if arrival is None:
             return
         logger.warning("%s: KV of %s did not arrive (%s); computing the prompt here", self.name, request_id, reason)
-        self._give_up_lease(request_id)
+        self._give_up_lease(request_id, partial(self._start_over, arrival.request))
+
+    def _start_over(self, request: GenerationRequest) -> None:
+        self.engine.release_reservation(request.request_id)
         try:
             self.engine.add(request)
         except LongctxError as error:
             self.post(
-                OutputDelta(request_id, index, (), "", finish_reason="error", error=str(error))
+                OutputDelta(request.request_id, index, (), "", finish_reason="error", error=str(error))
                 for index in range(request.sampling.n)
             )
 
-    def _give_up_lease(self, request_id: str) -> None:
-        """Pages are given back only once no sender can write them any more."""
+    def _give_up_lease(self, request_id: str, go_on: Callable[[], None]) -> None:
+        """Pages are given back, by ``go_on`` on the engine's thread, only once no sender can write them any more."""
         for receiver in self._receivers.values():
             receiver.revoke(request_id)
-        self.engine.release_reservation(request_id)
+        if not self.ranks:
+            go_on()
+            return
+
+        async def revoke() -> None:
+            with suppress(LongctxError, TimeoutError):  # a rank that does not answer is lost, and with it all pages
+                await self._revoke(request_id)
+                await self.on_engine(go_on)
+
+        self.from_other_thread(revoke)
+
+    async def _revoke(self, request_id: str) -> None:
+        for receiver in self._receivers.values():
+            receiver.revoke(request_id)
+        if self.ranks:
+            await self.ranks.call_all("revoke", request_id)
 
     def _cancel(self, request_id: str) -> None:
-        if self._arriving.pop(request_id, None) is not None:
-            self._give_up_lease(request_id)
-        self.engine.cancel(request_id)
+        if self._arriving.pop(request_id, None) is None:
+            self.engine.cancel(request_id)
+        else:
+            self._give_up_lease(request_id, partial(self.engine.cancel, request_id))
 
     def _reset(self) -> None:
         for request_id in list(self._arriving):

@@ -28,7 +28,7 @@ class Deployment:
 
     def __init__(self, config: ServeConfig, model: ServedModel) -> None:
         self._config, self._model = config, model
-        self._session = RaySession(config.ray, shares_cores=config.cluster.num_workers > 1)
+        self._session = RaySession(config.ray, shares_cores=config.cluster.num_processes > 1)
         self._handles = []
         self._app: Any = None  # a ServeApp, once Ray runs
         self._host = config.server.host

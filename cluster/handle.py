@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # loads torch, which the router does without
+    from cluster.rank_worker import RankWorker
     from cluster.worker import Worker
 
 
@@ -27,7 +28,7 @@ class WorkerHandle(Protocol):
 class LocalHandle:
     """A worker in this process."""
 
-    def __init__(self, worker: "Worker") -> None:
+    def __init__(self, worker: "Worker | RankWorker") -> None:
         self._worker = worker
 
     @property

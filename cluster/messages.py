@@ -7,6 +7,7 @@ from typing import Literal
 from cluster.serving import WorkerStats
 from longctx.messages import OutputDelta
 from memory.messages import LeaseGrant
+from parallel.links import LinkModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +21,19 @@ class WorkerInfo:
     node_id: str  # workers with equal ones share /dev/shm
     pid: int
     max_context: int  # tokens of prompt and output together that fit its pool
+    sp_degree: int = 1  # ranks that share its sequences
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A decode worker's answer to a request.
 
-    ``leased``: pages are reserved, ``grant`` lets a prefill worker fill them. ``local``: it computes the prompt itself.
-    ``full``: no room now.
+    ``leased``: pages are reserved, ``grants`` let a prefill worker fill them, one for each rank of this worker.
+    ``local``: it computes the prompt itself. ``full``: no room now.
     """
 
     kind: Literal["leased", "local", "full"]
-    grant: LeaseGrant | None = None
+    grants: tuple[LeaseGrant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +44,22 @@ class WorkerReport:
     deltas: tuple[OutputDelta, ...]  # decode workers
     finished: tuple[tuple[str, str], ...]  # prefill workers: (request id, reason it failed, or "" if it was taken over)
     stats: WorkerStats | None = None  # now and then
+
+
+@dataclass(frozen=True, slots=True)
+class RankStart:
+    """What a rank other than 0 needs to join its worker's group."""
+
+    rank: int
+    world_size: int
+    meeting: tuple[str, int]  # address and port at rank 0
+    links: LinkModel
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What happened at a rank other than 0 since the last report."""
+
+    incarnation: str
+    arrivals: tuple[tuple[str, bytes | None, str], ...]  # (request id, commit's payload, or None and the reason)
+    bytes_shipped: int  # KV bytes sent to other workers since the start

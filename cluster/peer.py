@@ -42,6 +42,11 @@ class WorkerPeer:
     def role(self) -> str:
         return self.handle.role
 
+    @property
+    def sp_degree(self) -> int:
+        """Ranks that share its sequences."""
+        return self.info.sp_degree if self.info else 1
+
     async def join(self, config: ClusterConfig) -> WorkerInfo:
         """Wait until it has loaded the model, and make it forget what came before. Raises what went wrong."""
         start = self.handle.call("start")
@@ -129,6 +134,7 @@ class WorkerPeer:
             pid=known.pid or (self.info.pid if self.info else 0),
             transport=known.transport,
             bytes_shipped=known.bytes_shipped,
+            sp_degree=self.sp_degree,
             alive=self.is_alive,
         )
 

@@ -1,40 +1,57 @@
 """Computes prompts and ships their KV, layer by layer, while the next layer computes (Splitwise, section IV-C)."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
 from cluster.first_tokens import encode_first_tokens
+from cluster.shipping import choose_sending_pool, open_senders
 from cluster.worker import Worker
 from longctx.engine.build import MakePool
 from longctx.engine.engine import Engine
+from longctx.errors import LongctxError
 from longctx.messages import FirstTokens, GenerationRequest
-from memory.layout import KVLayout
+from longctx.shards.exports import OwnPages
 from memory.messages import LeaseGrant
-from memory.pages import PagePool
-from memory.transport import TRANSPORTS, KVSender, KVStream
+from memory.transport import KVStream
 
 logger = logging.getLogger(__name__)
 
 
 class StreamExport:
-    """A ``KVExport`` that pushes each layer's pages into a stream of the transport."""
+    """A ``KVExport`` that pushes each layer's pages into streams, one to each rank of the receiver.
 
-    def __init__(self, stream: KVStream, on_failed: Callable[[str], None]) -> None:
-        self._stream = stream
-        self._on_failed = on_failed
+    Args:
+        own: which pages are this rank's; the others ship theirs.
+        on_failed: called if the prompt is not computed to its end, with the reason.
+    """
+
+    def __init__(self, own: OwnPages, on_failed: Callable[[str], None]) -> None:
+        self._own, self._on_failed = own, on_failed
+        self.streams: list[KVStream] = []
 
     def on_layer(self, layer_idx: int, first_page_idx: int, pages: list[int]) -> None:
         """Enqueue this layer of these pages."""
-        self._stream.send(layer_idx, range(first_page_idx, first_page_idx + len(pages)), pages)
+        page_idxs, own_pages = self._own.select(first_page_idx, pages)
+        for stream in self.streams if own_pages else ():
+            stream.send(layer_idx, page_idxs, own_pages)
 
     def on_prefilled(self, first: FirstTokens) -> None:
         """Commit, with the first tokens."""
-        self._stream.commit(encode_first_tokens(first))
+        payload = encode_first_tokens(first)
+        for stream in self.streams:
+            stream.commit(payload)
 
     def on_failed(self, reason: str) -> None:
         """Tell the receiver, and the router."""
-        self._stream.abort(reason)
+        self.abort(reason)
         self._on_failed(reason)
+
+    def abort(self, reason: str) -> None:
+        """Tell the receiver alone."""
+        for stream in self.streams:
+            stream.abort(reason)
 
 
 class PrefillWorker(Worker):
@@ -43,61 +60,76 @@ class PrefillWorker(Worker):
     role = "prefill"
 
     def _make_pool(self) -> MakePool | None:
-        name = self.config.transport.name
-        if name != "auto":
-            return TRANSPORTS.get(name).allocate
-
-        def allocate(layout: KVLayout, num_pages: int) -> PagePool:
-            # shared_memory's pool serves tcp as well; where /dev/shm has no room, tcp alone is left
-            try:
-                return TRANSPORTS.get("shared_memory").allocate(layout, num_pages)
-            except OSError as error:
-                logger.warning("%s; KV travels by tcp", error)
-                return TRANSPORTS.get("tcp").allocate(layout, num_pages)
-
-        return allocate
+        return choose_sending_pool(self.config.transport)
 
     def _open(self, engine: Engine) -> None:
-        self._senders: dict[str, KVSender] = {}
-        wanted = TRANSPORTS if self.config.transport.name == "auto" else (self.config.transport.name,)
-        for name in wanted:
-            try:
-                self._senders[name] = TRANSPORTS.get(name).make_sender(engine.pool, self.config.transport)
-            except TypeError:  # auto, and the pool is not in shared memory
-                if self.config.transport.name != "auto":
-                    raise
+        self._senders = open_senders(engine.local_pool, self.config.transport)
 
     async def transports(self) -> tuple[str, ...]:
         """Transports that this worker can send with."""
         return tuple(self._senders)
 
-    async def prefill(self, request: GenerationRequest, grant: LeaseGrant) -> None:
-        """Queue a prompt whose KV goes to the holder of ``grant``; ``finished`` of a later report says how it ended.
+    async def prefill(self, request: GenerationRequest, grants: Sequence[LeaseGrant]) -> None:
+        """Queue a prompt whose KV goes to the holders of ``grants``; ``finished`` of a later report says how it ended.
 
         Raises ``RequestError`` or ``QueueFullError``, and then nothing was queued.
         """
-        await self.on_engine(self._add, request, grant)
-
-    def _add(self, request: GenerationRequest, grant: LeaseGrant) -> None:
         request_id = request.request_id
-        engine_loop = self.engine_loop
-
-        def end(reason: str) -> None:
-            engine_loop.call(self._end, request_id, reason)
-
-        self.engine.check(request)
-        stream = self._senders[grant.transport].open(grant, on_acked=lambda: end(""), on_failed=end)
-        export = StreamExport(stream, lambda reason: self.post_finished(request_id, reason))
+        if self.ranks:
+            await self.ranks.call_all("open_export", request_id, grants)
         try:
-            self.engine.add(request, export=export)
-        except Exception as error:
-            stream.abort(str(error))
+            await self.on_engine(self._add, request, grants)
+        except BaseException as error:
+            self._close_exports(request_id, str(error))
             raise
 
-    def _end(self, request_id: str, reason: str) -> None:
-        """The receiver has the KV, or refused it."""
+    def _add(self, request: GenerationRequest, grants: Sequence[LeaseGrant]) -> None:
+        request_id = request.request_id
+        engine_loop = self.engine_loop
+        self.engine.check(request)
+        own = OwnPages(0, self.engine.local_pool.num_pages)
+        export = StreamExport(own, lambda reason: self._fail(request_id, reason))
+        unacked = set(range(len(grants)))
+
+        def end(index: int, reason: str) -> None:
+            engine_loop.call(self._end, request_id, export, unacked, index, reason)
+
+        try:
+            for index, grant in enumerate(grants):
+                sender = self._senders[grant.transport]
+                stream = sender.open(grant, on_acked=partial(end, index, ""), on_failed=partial(end, index))
+                export.streams.append(stream)
+            self.engine.add(request, export=export)
+        except Exception as error:
+            export.abort(str(error))
+            raise
+
+    def _end(self, request_id: str, export: StreamExport, unacked: set[int], index: int, reason: str) -> None:
+        """A receiver has the KV, or refused it; once all have, or one has not, the prompt's pages are free."""
+        if index not in unacked:  # another one's refusal came before
+            return
+        unacked.discard(index)
+        if unacked and not reason:
+            return
+        unacked.clear()
+        if reason:
+            export.abort(reason)
+            self._close_exports(request_id, reason)
         self.engine.export_done(request_id)
         self.post_finished(request_id, reason)
+
+    def _fail(self, request_id: str, reason: str) -> None:
+        self._close_exports(request_id, reason)
+        self.post_finished(request_id, reason)
+
+    def _close_exports(self, request_id: str, reason: str) -> None:
+        """The other ranks send nothing more of the prompt; from any thread."""
+        if self.ranks:
+            self.from_other_thread(partial(self._close_rank_exports, request_id, reason))
+
+    async def _close_rank_exports(self, request_id: str, reason: str) -> None:
+        with suppress(LongctxError, TimeoutError):  # a lost rank sends nothing
+            await self.ranks.call_all("close_export", request_id, reason)
 
     def _cancel(self, request_id: str) -> None:
         self.engine.cancel(request_id)

@@ -151,7 +151,8 @@ class Router:
         flight.decode, flight.buffer = decode, DeltaBuffer()  # its deltas may be here before its answer
         decode.num_requests += 1
         try:
-            admission: Admission = await self._call(decode, "admit", flight.request, transport)
+            num_senders = prefill.sp_degree if prefill else 1
+            admission: Admission = await self._call(decode, "admit", flight.request, transport, num_senders)
         except BaseException:
             self._leave(flight, cancels=True)  # it may have been admitted all the same
             raise
@@ -167,7 +168,7 @@ class Router:
         prefill.num_requests += 1
         prefill.expect(flight)
         try:
-            await self._call(prefill, "prefill", flight.request, admission.grant)
+            await self._call(prefill, "prefill", flight.request, admission.grants)
         except (LongctxError, TimeoutError) as error:
             self._leave_prefill(flight)
             await self._call(decode, "compute_here", flight.request.request_id, str(error))
@@ -191,7 +192,7 @@ class Router:
         return alive[computer.name] if computer else None, alive[generator.name]
 
     def _has_window(self, peer: WorkerPeer, flight: Flight) -> bool:
-        window = PREFILL_WINDOW * self._config.engine.max_batch_tokens
+        window = PREFILL_WINDOW * self._config.engine.max_batch_tokens * peer.sp_degree
         return peer.pending_tokens == 0 or peer.pending_tokens + peer.count_uncached(flight) <= window
 
     async def _wait_for_change(self) -> None:

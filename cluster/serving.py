@@ -44,6 +44,7 @@ class WorkerStats:
     pid: int = 0
     transport: str = ""  # how its KV travels; empty if it does not
     bytes_shipped: int = 0  # KV bytes sent to other workers since the start
+    sp_degree: int = 1  # ranks that share its sequences
     alive: bool = True  # false: lost; ``engine`` is what was last heard
 
 

@@ -12,18 +12,24 @@ import socket
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from cluster.config import ServeConfig
+from cluster.handle import WorkerHandle
 from cluster.messages import WorkerInfo, WorkerReport
+from cluster.rank_peers import RankPeers
 from cluster.serving import WorkerStats
-from longctx.engine.build import MakePool, build_engine
+from longctx.engine.build import MakePool, ShardGroup, build_engine
 from longctx.engine.engine import Engine
 from longctx.engine.loop import EngineLoop
 from longctx.errors import WorkerLostError
 from longctx.messages import OutputDelta
+from longctx.shards.plans import PlanChoice
+from memory.tcp import node_address
+from parallel.gloo_group import GlooGroup
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +44,21 @@ class Worker(ABC):
         name: unique in the deployment.
         config: of the deployment.
         node_id: of the machine; workers with equal ones share /dev/shm.
+        ranks: the other ranks that share its sequences; this is rank 0.
+        on_lost: called once one of them is lost, with the reason; from any thread.
     """
 
     role: str
 
-    def __init__(self, name: str, config: ServeConfig, *, node_id: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        config: ServeConfig,
+        *,
+        node_id: str = "",
+        ranks: Sequence[WorkerHandle] = (),
+        on_lost: Callable[[str], None] | None = None,
+    ) -> None:
         self.name = name
         self.config = config
         self.node_id = node_id or socket.gethostname()
@@ -52,9 +68,13 @@ class Worker(ABC):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
         self._deltas: deque[OutputDelta] = deque()
+        self._tasks: deque[asyncio.Task[None]] = deque(maxlen=1024)  # referenced while they run
         self._finished: deque[tuple[str, str]] = deque()
         self._starting = asyncio.Lock()
         self._is_closed = False
+        self.ranks = RankPeers(ranks, config.cluster)
+        self._on_lost = on_lost
+        self._lost = ""  # which rank, and why: nothing works any more
         self._stats: WorkerStats | None = None
         self._stats_due = 0.0
 
@@ -66,13 +86,13 @@ class Worker(ABC):
             self._check_open()
             if self._engine_loop is None:
                 self._loop = asyncio.get_running_loop()
-                self._engine = await self._build_engine()
+                self._engine = await self._start_engine()
                 try:
                     self._open(self._engine)
                 except BaseException:
                     self._engine = None
                     raise
-                self._engine_loop = EngineLoop(self._engine, self.post, name=self.name)
+                self._engine_loop = EngineLoop(self._engine, self.post, name=self.name, on_broken=self._lose)
         return self.info()
 
     def info(self) -> WorkerInfo:
@@ -85,6 +105,7 @@ class Worker(ABC):
             self.node_id,
             os.getpid(),
             self.engine.max_context,
+            self.ranks.sp_degree,
         )
 
     async def poll(self, max_wait_s: float) -> WorkerReport:
@@ -93,6 +114,7 @@ class Worker(ABC):
         if not self._news.is_set():
             with contextlib.suppress(TimeoutError):  # the answer is itself a sign of life
                 await asyncio.wait_for(self._news.wait(), max_wait_s)
+        self._check_open()
         self._news.clear()
         deltas, finished = _drain(self._deltas), _drain(self._finished)
         return WorkerReport(self.incarnation, deltas, finished, self._take_stats())
@@ -117,6 +139,8 @@ class Worker(ABC):
             except TimeoutError as error:
                 logger.warning("%s: %s", self.name, error)
             await asyncio.to_thread(self._shut)
+        if self.ranks:
+            await self.ranks.close()
 
     # For the parts of a worker
 
@@ -151,10 +175,42 @@ class Worker(ABC):
     def _check_open(self) -> None:
         if self._is_closed:
             raise WorkerLostError(f"{self.name} is closed")
+        if self._lost:
+            raise WorkerLostError(f"{self.name} has lost a rank: {self._lost}")
 
-    async def _build_engine(self) -> Engine:
-        """On a thread that ends: libgomp counts helpers of one that lives on, and lets the engine's sleep at once."""
+    def _lose(self, reason: str) -> None:
+        """A rank of this worker is lost, and with it the worker; from any thread."""
+        if self._lost or self._is_closed:
+            return
+        self._lost = reason
+        logger.error("%s: %s", self.name, reason)
+        self._announce()
+        if self._on_lost is not None:
+            self._on_lost(reason)
+
+    def from_other_thread(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine on the worker's event loop; from any thread."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: self._tasks.append(loop.create_task(function())))
+
+    async def _start_engine(self) -> Engine:
         build = partial(build_engine, self.config.model, self.config.engine, make_pool=self._make_pool())
+        if not self.ranks:
+            return await self._build_engine(build)
+        links, cluster = self.ranks.load_links(), self.config.cluster
+        choice = PlanChoice(cluster.group_of(self.role).plan, links)
+
+        def build_sharded(group: GlooGroup) -> Engine:
+            return build(shards=ShardGroup(group, self.node_id, choice, cluster.call_timeout_s))
+
+        address = self.config.transport.host or node_address()
+        engine, incarnations = await self.ranks.start(address, links, build_sharded)
+        self.ranks.follow(incarnations, on_arrival=self._take_arrival, on_lost=self._lose)
+        return engine
+
+    async def _build_engine(self, build: Callable[[], Engine]) -> Engine:
+        """On a thread that ends: libgomp counts helpers of one that lives on, and lets the engine's sleep at once."""
         executor = ThreadPoolExecutor(1)
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, build)
@@ -178,8 +234,19 @@ class Worker(ABC):
     def _note_stats(self) -> None:
         transport, shipped = self._describe_transport()
         self._stats = WorkerStats(
-            self.name, self.role, self.engine.stats(), socket.gethostname(), os.getpid(), transport, shipped
+            self.name,
+            self.role,
+            self.engine.stats(),
+            socket.gethostname(),
+            os.getpid(),
+            transport,
+            shipped + self.ranks.bytes_shipped,
+            sp_degree=self.ranks.sp_degree,
         )
+
+    def _take_arrival(self, rank: int, request_id: str, payload: bytes | None, reason: str) -> None:
+        """A lease on another rank's pages has ended: committed, or failed for a reason. Decode workers grant them."""
+        raise AssertionError(f"{self.name} grants no leases")
 
     @abstractmethod
     def _make_pool(self) -> MakePool | None:

@@ -106,9 +106,9 @@ class Stream(KVStream):
             return
         if min(pages) < 0 or max(pages) >= num_pages:
             raise ValueError(f"pages {list(pages)} are not in the pool; allowed: 0..{num_pages - 1}")
-        granted, last = self.grant.page_idxs, max(page_idxs)
-        if granted and last > granted[-1]:  # an empty grant has no end: the receiver has every page, or another one has
-            raise ValueError(f"page {last} of the sequence is not in the grant, which ends at {granted[-1] + 1}")
+        end = layout.num_pages(self.grant.num_tokens)
+        if max(page_idxs) >= end:
+            raise ValueError(f"page {max(page_idxs)} of the sequence is not in the grant, which ends at {end}")
 
     def _order(self, order: Order) -> None:
         assert self.put is not None

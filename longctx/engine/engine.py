@@ -235,6 +235,11 @@ class Engine:
             details={"num_steps": float(self._num_steps), "num_reserved": float(len(self._reserved))},
         )
 
+    @property
+    def local_pool(self) -> PagePool:
+        """The pages that lie in this process; those of other ranks are numbered in ``pool`` alone."""
+        return self._runner.pool
+
     def keep_alive(self) -> None:
         """Called now and then while there is nothing to compute."""
         self._runner.keep_alive()

@@ -11,6 +11,7 @@ import torch
 
 from longctx.engine.engine import Engine
 from longctx.messages import OutputDelta
+from parallel.carrier import ExchangeError
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,21 @@ class EngineLoop:
         engine: touched by nobody else from now on, but through ``call``.
         on_deltas: gets each step's deltas on the engine's thread; it must be quick.
         name: of the thread.
+        on_broken: called on the engine's thread, with the reason, once a rank of a sharded engine is lost. The thread
+            then ends: what was in flight is neither computed nor told of.
     """
 
-    def __init__(self, engine: Engine, on_deltas: Callable[[list[OutputDelta]], None], *, name: str = "engine") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        on_deltas: Callable[[list[OutputDelta]], None],
+        *,
+        name: str = "engine",
+        on_broken: Callable[[str], None] | None = None,
+    ) -> None:
         self.engine = engine
         self._on_deltas = on_deltas
+        self._on_broken = on_broken
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._is_closing = False
@@ -76,11 +87,27 @@ class EngineLoop:
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP's own count belongs to a thread: oneDNN asks for that
-        while self._run_calls():
-            if self.engine.has_work:
-                self._deliver(self._step())
+        try:
+            while self._run_calls():
+                if self.engine.has_work:
+                    self._deliver(self._step())
+        except ExchangeError as error:
+            self._break(str(error))
+            return
         self._deliver(self.engine.fail_all("the engine was stopped", "abort"))
         self.engine.close()
+
+    def _break(self, reason: str) -> None:
+        """Nothing is taken any more, and what waits is told so."""
+        with self._wake:
+            self._is_closing = True
+            calls = list(self._calls)
+            self._calls.clear()
+        self.engine.close()
+        if self._on_broken is not None:
+            self._on_broken(reason)
+        for run in calls:
+            run()
 
     def _run_calls(self) -> bool:
         """Run pending calls, waiting for one while there is nothing to compute; False once the loop is closed."""
@@ -100,6 +127,8 @@ class EngineLoop:
     def _step(self) -> list[OutputDelta]:
         try:
             return self.engine.step()
+        except ExchangeError:  # the ranks may be anywhere in the step: the engine is of no more use
+            raise
         except Exception as error:  # requests in flight get it; the engine goes on with none
             logger.exception("a step failed; ending the requests in flight")
             return self.engine.fail_all(f"the engine failed: {error}")

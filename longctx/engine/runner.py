@@ -32,6 +32,11 @@ class Runner(Protocol):
         """See ``ModelRunner.run``."""
         ...
 
+    @property
+    def pool(self) -> PagePool:
+        """The pages of this process."""
+        ...
+
     def keep_alive(self) -> None:
         """Called now and then between steps."""
         ...

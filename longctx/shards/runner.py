@@ -43,6 +43,7 @@ class ShardRunner:
         self, rank: ShardRank, pages: ShardedPages, group: GlooGroup, *, rows: DecodeRows, timeout_s: float
     ) -> None:
         self._rank, self._pages, self._group, self._rows = rank, pages, group, rows
+        self.pool = rank.pool
         self._writer = StepWriter()
         self._is_broken = False  # a step failed: ranks may be anywhere in it
         self._idle_s, self._told_at = timeout_s / SILENCES, time.monotonic()

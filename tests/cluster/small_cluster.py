@@ -11,11 +11,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ClusterConfig, ServeConfig
+from cluster.config import ClusterConfig, DecodeConfig, PrefillConfig, ServeConfig
 from cluster.decode_worker import DecodeWorker
 from cluster.delta_buffer import merge_deltas
 from cluster.handle import LocalHandle, WorkerHandle
 from cluster.prefill_worker import PrefillWorker
+from cluster.rank_worker import RankWorker
 from cluster.router import Router
 from cluster.serving import describe_model
 from cluster.worker import Worker
@@ -34,7 +35,15 @@ WORKERS = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
 def make_config(
-    folder: Path, *, transport: str = "tcp", num_prefill: int = 1, num_decode: int = 1, **options: Any
+    folder: Path,
+    *,
+    transport: str = "tcp",
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    prefill_ranks: int = 1,
+    decode_ranks: int = 1,
+    prefill_plan: str = "auto",
+    **options: Any,
 ) -> ServeConfig:
     """A deployment that ships every prompt; ``options`` are fields of any group."""
 
@@ -58,6 +67,8 @@ def make_config(
             ClusterConfig,
             num_prefill_workers=num_prefill,
             num_decode_workers=num_decode,
+            prefill=PrefillConfig(prefill_ranks, prefill_plan),
+            decode=DecodeConfig(decode_ranks),
             local_prefill_tokens=0,
             worker_timeout_s=2.0,
         ),
@@ -89,10 +100,12 @@ def join(deltas: Sequence[OutputDelta]) -> list[OutputDelta]:
 
 
 class SmallCluster:
-    """A router and its workers; ``workers`` has those of this process, by name."""
+    """A router and its workers; ``workers`` has those of this process, by name, ``ranks`` their other ranks."""
 
-    def __init__(self, config: ServeConfig, workers: dict[str, Worker], router: Router) -> None:
-        self.config, self.workers, self.router = config, workers, router
+    def __init__(
+        self, config: ServeConfig, workers: dict[str, Worker], ranks: dict[str, list[RankWorker]], router: Router
+    ) -> None:
+        self.config, self.workers, self.ranks, self.router = config, workers, ranks, router
 
     async def generate(self, request: GenerationRequest) -> list[OutputDelta]:
         """Every delta of a request, as it came."""
@@ -111,7 +124,8 @@ class SmallCluster:
 
     def num_shipped(self, name: str = "prefill-0") -> int:
         """KV bytes that a prefill worker sent."""
-        return self.workers[name]._describe_transport()[1]
+        worker = self.workers[name]
+        return worker._describe_transport()[1] + worker.ranks.bytes_shipped
 
     async def wait_until_ready(self) -> None:
         """Every worker is, and has said how many pages it has."""
@@ -131,7 +145,8 @@ class SmallCluster:
                 receiver.num_leases
                 for worker in self.workers.values()
                 if isinstance(worker, DecodeWorker)
-                for receiver in worker._receivers.values()
+                for part in (worker, *self.ranks[worker.name])
+                for receiver in part._receivers.values()
             )
             held = [(s.num_pages_used, s.num_running, s.num_waiting, s.details["num_reserved"]) for s in stats]
             return not leases and all(counts == (0, 0, 0, 0) for counts in held)
@@ -149,7 +164,9 @@ async def start_cluster(config: ServeConfig, *others: WorkerHandle, waits: bool 
         waits: until all of them are ready.
     """
     handles = {handle.name: handle for handle in others}
-    workers = {name: WORKERS[role](name, config) for name, role in worker_names(config) if name not in handles}
+    here = [(name, role) for name, role in worker_names(config) if name not in handles]
+    ranks = {name: make_ranks(name, role, config) for name, role in here}
+    workers = {name: WORKERS[role](name, config, ranks=list(map(LocalHandle, ranks[name]))) for name, role in here}
     handles |= {name: LocalHandle(worker) for name, worker in workers.items()}
     spec = inspect_checkpoint(config.model.path)
     router = Router(
@@ -158,7 +175,7 @@ async def start_cluster(config: ServeConfig, *others: WorkerHandle, waits: bool 
         model=describe_model(spec, config.model),
         tokenizer=load_tokenizer(spec),
     )
-    cluster = SmallCluster(config, workers, router)
+    cluster = SmallCluster(config, workers, ranks, router)
     await router.start()
     try:
         if waits:
@@ -169,6 +186,12 @@ async def start_cluster(config: ServeConfig, *others: WorkerHandle, waits: bool 
         await router.stop()
         for worker in workers.values():
             await worker.close()
+
+
+def make_ranks(name: str, role: str, config: ServeConfig) -> list[RankWorker]:
+    """The ranks of a worker, but for rank 0."""
+    degree = config.cluster.group_of(role).sp_degree
+    return [RankWorker(f"{name}.{rank}", role, config) for rank in range(1, degree)]
 
 
 def worker_names(config: ServeConfig) -> list[tuple[str, str]]:
