@@ -2,17 +2,25 @@
 
 import dataclasses
 import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
 from cluster.decode_worker import DecodeWorker
 from cluster.prefill_worker import PrefillWorker
-from cluster.ray_handle import RayHandle
+from cluster.rank_worker import RankWorker
+from cluster.ray_handle import RayHandle, find_worker
 from cluster.terminal import log_to_terminal
+from longctx.errors import LongctxError
 
 MAX_RESTARTS = 20  # by Ray, after a worker process died; the router makes it load the model again
+PLACE_TIMEOUT_S = 60.0
 MAX_CALLS = 1024  # coroutines of one actor at a time
 
 
@@ -20,23 +28,55 @@ class PrefillActor(PrefillWorker):
     """A prefill worker in a process of its own."""
 
     def __init__(self, name: str, config: ServeConfig) -> None:
-        super().__init__(name, _on_this_node(name, config), node_id=ray.get_runtime_context().get_node_id())
+        config, ranks = _on_this_node(name, config), _find_ranks(name, self.role, config)
+        super().__init__(name, config, node_id=_node_id(), ranks=ranks, on_lost=_end_process)
 
 
 class DecodeActor(DecodeWorker):
     """A decode worker in a process of its own."""
 
     def __init__(self, name: str, config: ServeConfig) -> None:
-        super().__init__(name, _on_this_node(name, config), node_id=ray.get_runtime_context().get_node_id())
+        config, ranks = _on_this_node(name, config), _find_ranks(name, self.role, config)
+        super().__init__(name, config, node_id=_node_id(), ranks=ranks, on_lost=_end_process)
+
+
+class RankActor(RankWorker):
+    """Another rank of a worker, in a process of its own."""
+
+    def __init__(self, name: str, role: str, config: ServeConfig) -> None:
+        super().__init__(name, role, _on_this_node(name, config), node_id=_node_id(), on_lost=_end_process)
 
 
 ACTORS = {"prefill": PrefillActor, "decode": DecodeActor}
 
 
-def create_worker(name: str, role: str, config: ServeConfig, *, num_cpus: float, env_vars: dict[str, str]) -> RayHandle:
-    """Create the actor ``name``; it loads nothing before its ``start``."""
+@dataclass(frozen=True, slots=True)
+class ActorGroup:
+    """The actors of one worker."""
+
+    handle: RayHandle  # rank 0, which the router knows
+    ranks: tuple[RayHandle, ...]
+    placement: PlacementGroup | None  # where they are, if they are several
+
+    def kill(self) -> None:
+        """End their processes for good."""
+        for handle in (self.handle, *self.ranks):
+            with suppress(Exception):  # each is tried whatever became of the one before
+                ray.kill(handle.actor, no_restart=True)
+        if self.placement is not None:
+            with suppress(Exception):
+                remove_placement_group(self.placement)
+
+
+def create_worker(
+    name: str, role: str, config: ServeConfig, *, num_cpus: float, env_vars: dict[str, str]
+) -> ActorGroup:
+    """Create the actors of worker ``name``, ``num_cpus`` for each; they load nothing before its ``start``.
+
+    Raises ``ValueError`` if the name is taken, ``LongctxError`` if the cluster has no room for its ranks.
+    """
+    degree = config.cluster.group_of(role).sp_degree
     options: dict[str, Any] = {
-        "name": name,
         "namespace": config.ray.namespace,
         "num_cpus": num_cpus,
         "max_concurrency": MAX_CALLS,
@@ -46,7 +86,61 @@ def create_worker(name: str, role: str, config: ServeConfig, *, num_cpus: float,
     }
     if env_vars:
         options["runtime_env"] = {"env_vars": env_vars}
-    return RayHandle(name, role, ray.remote(ACTORS[role]).options(**options).remote(name, config))
+    placement = _place(degree, num_cpus) if degree > 1 else None
+
+    def place(rank: int) -> dict[str, Any]:
+        if placement is None:
+            return options
+        strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
+        return options | {"scheduling_strategy": strategy}
+
+    ranks: list[RayHandle] = []
+    try:
+        for rank in range(1, degree):
+            rank_name = _rank_name(name, rank)
+            actor = ray.remote(RankActor).options(name=rank_name, **place(rank)).remote(rank_name, role, config)
+            ranks.append(RayHandle(rank_name, role, actor))
+        actor = ray.remote(ACTORS[role]).options(name=name, **place(0)).remote(name, config)
+    except ValueError:
+        for handle in ranks:
+            ray.kill(handle.actor, no_restart=True)
+        if placement is not None:
+            remove_placement_group(placement)
+        raise
+    return ActorGroup(RayHandle(name, role, actor), tuple(ranks), placement)
+
+
+def _place(num_ranks: int, num_cpus: float) -> PlacementGroup:
+    """Room for the ranks of one worker, as near to each other as there is."""
+    placement = placement_group([{"CPU": num_cpus}] * num_ranks, strategy="PACK")
+    if not placement.wait(PLACE_TIMEOUT_S):
+        remove_placement_group(placement)
+        free = ray.available_resources().get("CPU", 0.0)
+        raise LongctxError(
+            f"a worker of {num_ranks} ranks with {num_cpus:g} CPUs each (sp_degree, cluster.worker_cpus) has no room "
+            f"in the Ray cluster, which has {free:g} CPUs free"
+        )
+    return placement
+
+
+def _find_ranks(name: str, role: str, config: ServeConfig) -> list[RayHandle]:
+    """Handles of the other ranks: by name, since handles among a constructor's arguments do not outlive a restart."""
+    degree = config.cluster.group_of(role).sp_degree
+    return [find_worker(_rank_name(name, rank), role, config.ray.namespace) for rank in range(1, degree)]
+
+
+def _rank_name(name: str, rank: int) -> str:
+    return f"{name}.{rank}"
+
+
+def _node_id() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def _end_process(reason: str) -> None:
+    """A rank is lost: the others' states are of no more use. Ray starts this process anew, empty."""
+    logging.getLogger(__name__).error("ending: %s", reason)
+    os._exit(1)
 
 
 def _on_this_node(name: str, config: ServeConfig) -> ServeConfig:

@@ -29,7 +29,7 @@ class Deployment:
     def __init__(self, config: ServeConfig, model: ServedModel) -> None:
         self._config, self._model = config, model
         self._session = RaySession(config.ray, shares_cores=config.cluster.num_processes > 1)
-        self._handles = []
+        self._groups: list[Any] = []  # ActorGroup of each worker
         self._app: Any = None  # a ServeApp, once Ray runs
         self._host = config.server.host
 
@@ -41,7 +41,7 @@ class Deployment:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self._place_endpoint(nodes)
         self._create_workers(nodes)
-        starts = {handle.actor.start.remote(): handle.name for handle in self._handles}
+        starts = {group.handle.actor.start.remote(): group.handle.name for group in self._groups}
         failure: list[BaseException] = []
         deploying = threading.Thread(target=_catch, args=(failure, self._deploy), daemon=True)
         deploying.start()
@@ -72,11 +72,10 @@ class Deployment:
                 if self._app is not None:
                     self._app.withdraw()
             with suppress(Exception):
-                closing = [handle.actor.close.remote() for handle in self._handles]
+                closing = [group.handle.actor.close.remote() for group in self._groups]
                 ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-            for handle in self._handles:
-                with suppress(Exception):
-                    ray.kill(handle.actor, no_restart=True)
+            for group in self._groups:
+                group.kill()
         self._session.stop()
 
     def kill(self) -> None:
@@ -114,22 +113,25 @@ class Deployment:
         cluster = self._config.cluster
         roles = ["prefill"] * cluster.num_prefill_workers + ["decode"] * cluster.num_decode_workers
         num_cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
-        share = cluster.worker_cpus or max(0.1, min(1.0, num_cpus / len(roles)))
-        shares_cores = not self._session.is_local and len(roles) > len(nodes)  # a local Ray's processes have it from us
+        num_processes = cluster.num_processes
+        share = cluster.worker_cpus or max(0.05, min(1.0, num_cpus / num_processes))
+        shares_cores = not self._session.is_local and num_processes > len(
+            nodes
+        )  # a local Ray's processes have it from us
         env_vars = THREAD_ENV if shares_cores else {}
         counts: dict[str, int] = {}
         for role in roles:
             name = f"{role}-{counts.get(role, 0)}"
             counts[role] = counts.get(role, 0) + 1
             try:
-                handle = create_worker(name, role, self._config, num_cpus=share, env_vars=env_vars)
+                group = create_worker(name, role, self._config, num_cpus=share, env_vars=env_vars)
             except ValueError as error:  # the name is taken
                 namespace = self._config.ray.namespace
                 raise ConfigError(f"ray.namespace={namespace!r} is in use in this cluster: {error}") from None
-            self._handles.append(handle)
+            self._groups.append(group)
 
     def _deploy(self) -> None:
-        self._app.deploy(self._model, [(handle.name, handle.role) for handle in self._handles])
+        self._app.deploy(self._model, [(group.handle.name, group.handle.role) for group in self._groups])
 
     def _wait(self, starts: dict[Any, str], failure: list[BaseException]) -> None:
         """Until all workers have loaded the model, or something failed; ``starts`` holds their names."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import psutil
 
@@ -12,6 +13,7 @@ from cluster.serving import ServedModel, describe_model
 from longctx.engine.config import parse_budget
 from longctx.errors import ConfigError
 from longctx.models.checkpoint import inspect_checkpoint
+from parallel.links import load_links
 
 
 def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
@@ -24,6 +26,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=os.path.abspath(path)))
     spec = inspect_checkpoint(config.model.path)
     load_keys(config.server)
+    config = _check_links(config)
     if config.ray.address is None:
         check_port(config.server)
         _check_memory(config)
@@ -34,13 +37,25 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     return config, model
 
 
+def _check_links(config: ServeConfig) -> ServeConfig:
+    """The file with the link model is one; workers get its absolute path."""
+    if config.cluster.links_file is None:
+        return config
+    path = Path(config.cluster.links_file).absolute()
+    try:
+        load_links(path)
+    except ValueError as error:
+        raise ConfigError(f"cluster.links_file={config.cluster.links_file} is not allowed: {error}") from None
+    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, links_file=str(path)))
+
+
 def _check_memory(config: ServeConfig) -> None:
     """Every worker of this machine takes its own KV pool."""
     budget = parse_budget(config.engine.kv_bytes)
-    num_workers = config.cluster.num_prefill_workers + config.cluster.num_decode_workers
+    num_workers = config.cluster.num_processes
     available = psutil.virtual_memory().available
     if budget is not None and config.model.device != "cuda" and budget * num_workers > available:
         raise ConfigError(
-            f"engine.kv_bytes={config.engine.kv_bytes} for each of {num_workers} workers is more than the "
+            f"engine.kv_bytes={config.engine.kv_bytes} for each of {num_workers} processes is more than the "
             f"{available / 2**30:.1f} GiB of memory that are free; at most {available // num_workers // 2**20}MiB"
         )

@@ -12,7 +12,7 @@ from longctx.errors import LongctxError
 
 TIMEOUT_S = 10.0
 _COLUMNS = (
-    "worker", "role", "state", "host", "pid", "device", "dtype", "attention", "transport",
+    "worker", "role", "state", "host", "pid", "ranks", "device", "dtype", "attention", "transport",
     "running", "waiting", "pages used", "pages cached", "pages", "KV shipped", "preempted",
 )  # fmt: skip
 
@@ -61,6 +61,7 @@ def _describe_worker(worker: dict[str, Any]) -> tuple[str, ...]:
         "alive" if worker["alive"] else "lost",
         worker["host"],
         str(worker["pid"]),
+        str(worker["sp_degree"]),
         engine["device"],
         engine["dtype"],
         engine["attention"],
