@@ -1,4 +1,7 @@
-"""Every attention implementation against an fp64 reference written from the formula."""
+"""Every attention implementation against an fp64 reference written from the formula.
+
+Longer than other files: causal calls and ranged ones share the pools, shapes and tolerances.
+"""
 
 import math
 
