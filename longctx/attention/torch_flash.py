@@ -1,7 +1,8 @@
 """Paged attention through torch's own flash kernel (``torch.nn.attention.varlen``, which also returns lse).
 
-What a GPU without the flash-attn package runs. Needs torch 2.13's ``block_table`` argument. Not run on the project's
-CPU machines: the tests there check the arguments against torch's documented meaning.
+What a GPU without the flash-attn package runs. Needs torch 2.13's ``block_table`` argument. Ranges of keys go to the
+torch implementation: torch documents lse as ``[T, H]``, and its shape function says ``[H, T]``. Not run on the
+project's CPU machines: the tests there check the arguments against torch's documented meaning.
 """
 
 import torch

@@ -156,13 +156,13 @@ static key_range hull(key_range a, key_range b) {
 }
 
 typedef struct {
-    key_range seen[TILE_ROWS];         /* by token: the keys it sees */
     uint32_t q[TILE_ROWS * MAX_DIM];   /* rows x D / p words, or D float32 where IS_WIDENED */
     float out[TILE_ROWS * MAX_DIM];    /* rows x D, not yet divided by the sum */
     float max[TILE_ROWS];              /* of scaled scores, in units of log 2 */
     float sum[TILE_ROWS * LANES];      /* of weights, lane by lane */
     float scores[BLOCK_ROWS * MAX_DIM];     /* rows x page size */
     uint32_t weights[BLOCK_ROWS * MAX_DIM]; /* rows x page size / p words, or page size float32 where IS_WIDENED */
+    key_range seen[TILE_ROWS];         /* by row: the keys it sees */
 } __attribute__((aligned(64))) tile_state;
 
 /* Scores of one row become weights; keys outside [first, last) weigh nothing. The row's output is rescaled if its maximum rose. */
@@ -193,8 +193,8 @@ INLINE void update_row(const int is_bf16, float *scores, void *weights, int page
     store_f32(row_sum, total);
 }
 
-/* All rows of the tile, keys [first_key, last_key). Row r is query head r % group of token r / group. */
-INLINE void attend_tile(const int is_bf16, const int has_amx, const layer_args *args, tile_state *tile, int num_rows, int group, int kv_head,
+/* All rows of the tile, keys [first_key, last_key). */
+INLINE void attend_tile(const int is_bf16, const int has_amx, const layer_args *args, tile_state *tile, int num_rows, int kv_head,
                         const int32_t *table, int first_key, int last_key) {
     const int dim = args->head_dim, size = args->page_size, pair = is_bf16 ? 2 : 1;
     const int q_stride = dim / pair * WORDS_OF_A(is_bf16), weight_stride = size / pair * WORDS_OF_A(is_bf16);
@@ -204,7 +204,7 @@ INLINE void attend_tile(const int is_bf16, const int has_amx, const layer_args *
     key_range blocks[(TILE_ROWS + ROWS - 1) / ROWS]; /* what any row of each micro-kernel call sees */
     for (int row = 0; row < num_rows; row += most) {
         key_range all = {0, 0};
-        for (int token = row / group; token <= (smaller(row + most, num_rows) - 1) / group; token++) all = hull(all, tile->seen[token]);
+        for (int i = row; i < smaller(row + most, num_rows); i++) all = hull(all, tile->seen[i]);
         blocks[row / most] = all;
     }
     for (int page_idx = first_key / size; page_idx * size < last_key; page_idx++) {
@@ -216,7 +216,7 @@ INLINE void attend_tile(const int is_bf16, const int has_amx, const layer_args *
             if (base >= blocks[row / most].last || base + size <= blocks[row / most].first) continue;
             multiply(is_bf16, has_amx, rows, 0, tile->q + row * q_stride, q_stride, k, size, dim / pair, tile->scores, size);
             for (int i = 0; i < rows; i++) {
-                const key_range seen = tile->seen[(row + i) / group];
+                const key_range seen = tile->seen[row + i];
                 const int first = larger(first_key, seen.first) - base, last = smaller(last_key, seen.last) - base;
                 update_row(is_bf16, tile->scores + i * size, tile->weights + i * weight_stride, size, first, last, scale_log2,
                            tile->max + row + i, tile->sum + (row + i) * LANES, tile->out + (row + i) * dim, dim);
@@ -293,14 +293,14 @@ INLINE void run_item(const int is_bf16, const int has_amx, const layer_args *arg
     tile_state tile;
     const int group = args->num_heads / args->num_kv_heads, num_rows = item->num_tokens * group, dim = args->head_dim;
     load_queries(is_bf16, args, item, &tile, group);
-    for (int t = 0; t < item->num_tokens; t++) tile.seen[t] = seen_keys(args, item->segment, item->first_token + t);
+    for (int r = 0; r < num_rows; r++) tile.seen[r] = seen_keys(args, item->segment, item->first_token + r / group);
     memset(tile.out, 0, (size_t)num_rows * dim * sizeof(float));
     for (int r = 0; r < num_rows; r++) {
         tile.max[r] = NEVER;
         store_f32(tile.sum + r * LANES, splat(0));
     }
     if (has_amx) amx_begin();
-    attend_tile(is_bf16, has_amx, args, &tile, num_rows, group, item->kv_head, args->tables + (int64_t)item->segment * args->table_stride,
+    attend_tile(is_bf16, has_amx, args, &tile, num_rows, item->kv_head, args->tables + (int64_t)item->segment * args->table_stride,
                 item->first_key, item->last_key);
     if (has_amx) amx_end();
     float sums[TILE_ROWS];

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from longctx.attention.batch import AttentionShape, PackedBatch
+from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
 from longctx.attention.registry import ATTENTION
 from longctx.attention.torch_paged import TorchPagedAttention
 from memory.layout import KVLayout
@@ -47,8 +47,23 @@ def varlen_documented(
     )
 
 
-def with_kvcache_documented(q, k, v, *, cache_seqlens, block_table, softmax_scale, causal, window_size):
-    assert causal and q.shape[1] == 1
+def with_kvcache_documented(
+    q,
+    k,
+    v,
+    *,
+    cache_seqlens,
+    block_table,
+    softmax_scale,
+    causal,
+    window_size=(-1, -1),
+    return_softmax_lse=False,
+):
+    assert q.shape[1] == 1 and cache_seqlens.dtype == block_table.dtype == torch.int32
+    if return_softmax_lse:
+        assert not causal and window_size == (-1, -1)
+        return partial_documented(q[:, 0], k, v, cache_seqlens.tolist(), block_table, softmax_scale)
+    assert causal
     out = attend_documented(
         q[:, 0],
         k,
@@ -60,6 +75,18 @@ def with_kvcache_documented(q, k, v, *, cache_seqlens, block_table, softmax_scal
         window=window_size,
     )
     return out[:, None]
+
+
+def partial_documented(q_SHD, k_pages, v_pages, kv_lens, tables, scale):
+    """Output ``[S, 1, H, D]`` and log-sum-exp ``[S, H, 1]``; for no keys, something that no one may use."""
+    outs, lses = [], []
+    for q, kv_len, table in zip(q_SHD.double(), kv_lens, tables, strict=True):
+        k, v = (pages[table.long()].flatten(0, 1)[:kv_len].double() for pages in (k_pages, v_pages))
+        k, v = (x.repeat_interleave(len(q) // k_pages.shape[2], 1) for x in (k, v))
+        scores = torch.einsum("hd,khd->hk", q, k) * scale
+        outs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v) if kv_len else torch.full_like(q, math.nan))
+        lses.append(scores.logsumexp(-1) if kv_len else torch.full_like(q[:, 0], math.inf))
+    return torch.stack(outs)[:, None].to(q_SHD.dtype), torch.stack(lses)[..., None].float()
 
 
 def torch_varlen_documented(
@@ -127,6 +154,46 @@ def test_calls_mean_causal_paged_attention(name, window):
             outs.append(candidate.forward(rows, None, shape, batch).clone())
     torch.testing.assert_close(outs[0], outs[2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outs[1], outs[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("documented_kernels")
+@pytest.mark.parametrize("name", ["flash_attn", "torch_flash"])
+@pytest.mark.parametrize(
+    ("borders", "first", "last"),
+    [
+        ([0, 1, 2, 3, 4], [0, 0, 5, 0], [700, 3, 5, 0]),  # decode; two rows see nothing
+        ([0, 1, 2, 3, 4], [0, 9, 0, 0], [700, 300, 5, 1]),  # not from the first key on
+        ([0, 0, 2, 3, 4], [0, 0, 0, 0], [700, 3, 5, 0]),  # as many segments as rows
+        ([0, 4], [0, 0, 0, 0], [700, 3, 5, 0]),
+    ],
+)
+@pytest.mark.parametrize("heads", [(0, 3), (1, 2)])
+def test_ranges_mean_the_same_as_in_torch(name, borders, first, last, heads):
+    torch.manual_seed(1)
+    backend, oracle = ATTENTION.get(name)(), TorchPagedAttention()
+    pool = PagePool(KVLayout(1, 3, 16, PAGE_SIZE, "float32", backend.kv_order), 5)
+    for pages in pool.views(0):
+        pages.normal_()
+    num_heads = 2 * (heads[1] - heads[0])
+    q, shape = torch.randn(4, num_heads, 16), AttentionShape(0, num_heads, num_heads // 2, 16, 0.25, window=7)
+    tables = torch.tensor([4, 1, 3], dtype=torch.int32).expand(len(borders) - 1, 3)
+    borders, first, last = (torch.tensor(x, dtype=torch.int32) for x in (borders, first, last))
+    ranges = KeyRanges(borders, tables, first, last)
+    got = backend.attend_ranges(q, shape, ranges, pool, first_kv_head=heads[0])
+    want = oracle.attend_ranges(q, shape, ranges, pool, first_kv_head=heads[0])
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("documented_kernels")
+def test_decode_over_ranges_goes_to_the_kernel(monkeypatch):
+    backend = ATTENTION.get("flash_attn")()
+    monkeypatch.setattr("longctx.attention.backend.attend_key_ranges", None)
+    pool = PagePool(KVLayout(1, 1, 16, PAGE_SIZE, "float32", "nhd"), 2)
+    index = torch.tensor([0, 1, 2], dtype=torch.int32)
+    ranges = KeyRanges(index, torch.zeros(2, 1, dtype=torch.int32), torch.zeros_like(index[:2]), index[1:])
+    out, lse = backend.attend_ranges(torch.randn(2, 2, 16), AttentionShape(0, 2, 1, 16, 0.25), ranges, pool)
+    assert out.shape == (2, 2, 16) and torch.equal(lse, index[1:, None].expand(2, 2).log())
 
 
 @pytest.mark.parametrize(

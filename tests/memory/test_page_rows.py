@@ -33,7 +33,7 @@ def row_reference(pool, layer_idx, slot, head):
 
 
 def slots_of(kind, page_size):
-    pages = torch.tensor([5, 2, 3, 8, 0])
+    pages = torch.tensor([5, 2, 3, 8, 0])  # 2 and 3 are a run
     slots = (pages[:, None] * page_size + torch.arange(page_size)).flatten()
     match kind:
         case "whole pages":
