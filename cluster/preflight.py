@@ -26,7 +26,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=os.path.abspath(path)))
     spec = inspect_checkpoint(config.model.path)
     load_keys(config.server)
-    config = _check_links(config)
+    config = _check_ranks(config)
     if config.ray.address is None:
         check_port(config.server)
         _check_memory(config)
@@ -37,16 +37,22 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     return config, model
 
 
-def _check_links(config: ServeConfig) -> ServeConfig:
-    """The file with the link model is one; workers get its absolute path."""
-    if config.cluster.links_file is None:
+def _check_ranks(config: ServeConfig) -> ServeConfig:
+    """Whether workers can have the ranks they are to have; they get the link model's absolute path."""
+    cluster = config.cluster
+    if cluster.prefill.sp_degree > 1 and not cluster.num_prefill_workers:
+        raise ConfigError(
+            f"cluster.prefill.sp_degree={cluster.prefill.sp_degree} is not allowed with cluster.num_prefill_workers=0: "
+            "decode workers compute the prompts; give them ranks with cluster.decode.sp_degree"
+        )
+    if cluster.links_file is None:
         return config
-    path = Path(config.cluster.links_file).absolute()
+    path = Path(cluster.links_file).absolute()
     try:
         load_links(path)
     except ValueError as error:
-        raise ConfigError(f"cluster.links_file={config.cluster.links_file} is not allowed: {error}") from None
-    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, links_file=str(path)))
+        raise ConfigError(f"cluster.links_file={cluster.links_file} is not allowed: {error}") from None
+    return dataclasses.replace(config, cluster=dataclasses.replace(cluster, links_file=str(path)))
 
 
 def _check_memory(config: ServeConfig) -> None:

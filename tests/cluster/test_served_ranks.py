@@ -28,11 +28,11 @@ def ranks_of(server) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_ranks_serve_ship_and_are_replaced(tmp_path):
-    with launch(tmp_path / "one", "model.dtype=float32", "cluster=colocated") as server:
+    with launch(tmp_path, "model.dtype=float32", "cluster=colocated") as server:
         server.wait_until_ready()
         expected = {length: answer(server, length) for length in (700, 3000, 5000)}
         assert server.stop() == 0
-    with launch(tmp_path / "two", "model.dtype=float32", *RANKED) as server:
+    with launch(tmp_path, "model.dtype=float32", *RANKED) as server:
         server.wait_until_ready()
         assert {worker["sp_degree"] for worker in server.status()["workers"]} == {2}
         assert {length: answer(server, length) for length in expected} == expected
