@@ -62,9 +62,12 @@ def _attend_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a block of rows to a block of keys ``[R, K, G, D]``, and its log-sum-exp ``[R, K, G]``."""
     scores_KGRL = torch.einsum("rkgd,lkd->kgrl", q_RKGD, k_LKD).mul_(scale).masked_fill_(~seen_RL, -math.inf)
-    lse_KGR = scores_KGRL.logsumexp(-1)
-    weights_KGRL = scores_KGRL.sub_(_finite(lse_KGR)[..., None]).exp_()
-    return torch.einsum("kgrl,lkd->rkgd", weights_KGRL, v_LKD), lse_KGR.permute(2, 0, 1)
+    highest_KGR1 = _finite(scores_KGRL.amax(-1, keepdim=True))
+    weights_KGRL = scores_KGRL.sub_(highest_KGR1).exp_()
+    sum_KGR1 = weights_KGRL.sum(-1, keepdim=True)
+    out_RKGD = torch.einsum("kgrl,lkd->rkgd", weights_KGRL, v_LKD)
+    divisor_KGR1 = sum_KGR1.masked_fill(sum_KGR1 == 0, 1.0)  # a row that sees nothing here stays zero
+    return out_RKGD.div_(divisor_KGR1.permute(2, 0, 1, 3)), (sum_KGR1.log() + highest_KGR1)[..., 0].permute(2, 0, 1)
 
 
 def _merge_block_(
