@@ -57,13 +57,15 @@ class StepPlans:
     Args:
         layout: who holds what.
         rank: this one.
-        element_size: bytes of an element of q, k and v.
+        dtype, device: of q, k and v.
         choice: for steps with prompts.
     """
 
-    def __init__(self, layout: StepLayout, rank: int, *, element_size: int, choice: PlanChoice) -> None:
+    def __init__(
+        self, layout: StepLayout, rank: int, *, dtype: torch.dtype, device: torch.device, choice: PlanChoice
+    ) -> None:
         self.layout, self.rank = layout, rank
-        self._element_size, self._choice = element_size, choice
+        self._element_size, self._device, self._choice = dtype.itemsize, device, choice
         self._by_window: dict[int | None, RankPlan] = {}
 
     def of(self, shape: AttentionShape) -> RankPlan:
@@ -117,12 +119,16 @@ class StepPlans:
         return first
 
     def _decode_ranges(self, indices: Sequence[int], first: np.ndarray, last: np.ndarray) -> KeyRanges:
-        return KeyRanges(
-            torch.arange(len(indices) + 1, dtype=torch.int32),
-            self._tables(indices),
-            torch.from_numpy(first[list(indices)].astype(np.int32)),
-            torch.from_numpy(last[list(indices)].astype(np.int32)),
+        rows = list(indices)
+        return self._key_ranges(np.arange(len(rows) + 1), self._tables(rows), first[rows], last[rows])
+
+    def _key_ranges(
+        self, cu_seqlens: np.ndarray, tables: torch.Tensor, first: np.ndarray, last: np.ndarray
+    ) -> KeyRanges:
+        cu_seqlens_B1, first_S, last_S = (
+            torch.from_numpy(array.astype(np.int32)).to(self._device) for array in (cu_seqlens, first, last)
         )
+        return KeyRanges(cu_seqlens_B1, tables, first_S, last_S)
 
     def _tables(self, indices: Sequence[int]) -> torch.Tensor:
         """This rank's pages of some sequences, padded."""
@@ -130,7 +136,7 @@ class StepPlans:
         tables = np.zeros((len(pages), max(map(len, pages), default=0)), dtype=np.int32)
         for row, own in zip(tables, pages, strict=True):
             row[: len(own)] = own
-        return torch.from_numpy(tables)
+        return torch.from_numpy(tables).to(self._device)
 
     def _ranges(self, plan: Plan, work: Work) -> WorkRanges:
         """What each row of a work sees: its tiles, row by row."""
@@ -161,16 +167,10 @@ class StepPlans:
                 if (move.kind, move.owner, move.destination, move.heads) == ("kv", work.kv_owner, self.rank, work.heads)
             )
             first, last = _compact(brought, first, last)
-            tables = torch.empty((len(indices), 0), dtype=torch.int32)  # whoever puts them into pages knows which
-        return WorkRanges(
-            q_rows,
-            KeyRanges(
-                torch.from_numpy(cu_seqlens.astype(np.int32)),
-                tables,
-                torch.from_numpy(first.astype(np.int32)),
-                torch.from_numpy(last.astype(np.int32)),
-            ),
-        )
+            tables = torch.empty(
+                (len(indices), 0), dtype=torch.int32, device=self._device
+            )  # whoever puts them into pages knows which
+        return WorkRanges(q_rows, self._key_ranges(cu_seqlens, tables, first, last))
 
 
 def _compact(rows: Rows, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,6 @@ class ShardRank:
         self.exports = RankExports(self.own, num_layers=layout.num_layers, page_size=layout.page_size)
         self._attention = decoder.backend
         self._pages_per_rank, self._choice = pages_per_rank, choice
-        self._element_size = torch.empty(0, dtype=decoder.dtype).element_size()
 
     @torch.inference_mode()
     def compute(
@@ -108,7 +107,7 @@ class ShardRank:
             pool=self.pool,
             rope_lens_T=self._tensor(lens) if self.decoder.rotary.depends_on_length else None,
             on_layer=on_layer,
-            plans=StepPlans(layout, rank, element_size=self._element_size, choice=self._choice),
+            plans=StepPlans(layout, rank, dtype=self.decoder.dtype, device=self.decoder.device, choice=self._choice),
             key_slots_L=self._tensor([layout.key_slots(rank)]),
         )
 
