@@ -69,9 +69,9 @@ class ActorGroup:
 
 
 def create_worker(
-    name: str, role: str, config: ServeConfig, *, num_cpus: float, env_vars: dict[str, str]
+    name: str, role: str, config: ServeConfig, *, num_cpus: float, num_gpus: float, env_vars: dict[str, str]
 ) -> ActorGroup:
-    """Create the actors of worker ``name``, ``num_cpus`` for each; they load nothing before its ``start``.
+    """Create the actors of worker ``name``, each with so many CPUs and GPUs; they load nothing before its ``start``.
 
     Raises ``ValueError`` if the name is taken, ``LongctxError`` if the cluster has no room for its ranks.
     """
@@ -79,6 +79,7 @@ def create_worker(
     options: dict[str, Any] = {
         "namespace": config.ray.namespace,
         "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
         "max_concurrency": MAX_CALLS,
         "max_restarts": MAX_RESTARTS,
         "max_task_retries": 0,
@@ -86,7 +87,7 @@ def create_worker(
     }
     if env_vars:
         options["runtime_env"] = {"env_vars": env_vars}
-    placement = _place(degree, num_cpus) if degree > 1 else None
+    placement = _place(degree, num_cpus, num_gpus) if degree > 1 else None
 
     def place(rank: int) -> dict[str, Any]:
         if placement is None:
@@ -110,15 +111,17 @@ def create_worker(
     return ActorGroup(RayHandle(name, role, actor), tuple(ranks), placement)
 
 
-def _place(num_ranks: int, num_cpus: float) -> PlacementGroup:
+def _place(num_ranks: int, num_cpus: float, num_gpus: float) -> PlacementGroup:
     """Room for the ranks of one worker, as near to each other as there is."""
-    placement = placement_group([{"CPU": num_cpus}] * num_ranks, strategy="PACK")
+    bundle = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+    placement = placement_group([bundle] * num_ranks, strategy="PACK")
     if not placement.wait(PLACE_TIMEOUT_S):
         remove_placement_group(placement)
-        free = ray.available_resources().get("CPU", 0.0)
+        free = ray.available_resources()
         raise LongctxError(
-            f"a worker of {num_ranks} ranks with {num_cpus:g} CPUs each (sp_degree, cluster.worker_cpus) has no room "
-            f"in the Ray cluster, which has {free:g} CPUs free"
+            f"a worker of {num_ranks} ranks (sp_degree) with {num_cpus:g} CPUs and {num_gpus:g} GPUs each "
+            "(cluster.worker_cpus, cluster.worker_gpus) has no room in the Ray cluster, which has "
+            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
         )
     return placement
 

@@ -48,7 +48,10 @@ class ClusterConfig:
     )
     policy: str = option("shortest_queue", "how workers are picked", choices=POLICY_NAMES)
     worker_cpus: float | None = option(
-        None, "CPUs that Ray reserves for each worker; null: the machine's divided by the workers", above=0
+        None, "CPUs that Ray reserves for each process; null: the cluster's divided by the processes", above=0
+    )
+    worker_gpus: float | None = option(
+        None, "GPUs that Ray gives each process; null: the cluster's divided by the processes, at most 1", minimum=0
     )
     heartbeat_s: float = option(0.25, "seconds between two signs of life of a worker", above=0)
     worker_timeout_s: float = option(3.0, "seconds without a sign of life after which a worker counts as lost", above=0)

@@ -5,7 +5,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -112,19 +112,16 @@ class Deployment:
 
         cluster = self._config.cluster
         roles = ["prefill"] * cluster.num_prefill_workers + ["decode"] * cluster.num_decode_workers
-        num_cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
-        num_processes = cluster.num_processes
-        share = cluster.worker_cpus or max(0.05, min(1.0, num_cpus / num_processes))
-        shares_cores = not self._session.is_local and num_processes > len(
-            nodes
-        )  # a local Ray's processes have it from us
+        num_cpus, num_gpus = share_resources(self._config, [node["Resources"] for node in nodes])
+        # a local Ray's processes have it from us
+        shares_cores = not self._session.is_local and cluster.num_processes > len(nodes)
         env_vars = THREAD_ENV if shares_cores else {}
         counts: dict[str, int] = {}
         for role in roles:
             name = f"{role}-{counts.get(role, 0)}"
             counts[role] = counts.get(role, 0) + 1
             try:
-                group = create_worker(name, role, self._config, num_cpus=share, env_vars=env_vars)
+                group = create_worker(name, role, self._config, num_cpus=num_cpus, num_gpus=num_gpus, env_vars=env_vars)
             except ValueError as error:  # the name is taken
                 namespace = self._config.ray.namespace
                 raise ConfigError(f"ray.namespace={namespace!r} is in use in this cluster: {error}") from None
@@ -179,6 +176,21 @@ class Deployment:
                 answer = str(error)
             time.sleep(0.1)
         raise LongctxError(f"the endpoint is not ready after {READY_TIMEOUT_S:g} s: {answer}")
+
+
+def share_resources(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """CPUs and GPUs that Ray is to reserve for each process. Without a GPU of its own a process sees none.
+
+    Args:
+        config: the deployment's.
+        nodes: resources of each node that is alive.
+    """
+    cluster = config.cluster
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) / cluster.num_processes for kind in ("CPU", "GPU"))
+    num_cpus = cluster.worker_cpus or max(0.05, min(1.0, cpus))
+    if config.model.device == "cpu":
+        return num_cpus, 0.0
+    return num_cpus, min(1.0, int(gpus * 100) / 100) if cluster.worker_gpus is None else cluster.worker_gpus
 
 
 def _catch(failure: list[BaseException], function: Callable[..., None], *args: object) -> None:
