@@ -156,7 +156,9 @@ def _load(
     decoder.rotary.reserve(max_context)
     layout = decoder.layout(page_size)
     world_size = 1 if shards is None else shards.group.world_size
-    num_pages = _count_pages(engine_config, layout, device, max_context=max_context, world_size=world_size)
+    num_pages = _count_pages(
+        engine_config, layout, device, max_context=max_context, world_size=world_size, num_sharing=num_sharing
+    )
     if shards is not None:
         num_pages = _agree_on_pages(shards, layout, num_pages)
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
@@ -223,13 +225,22 @@ def _choose_page_size(page_size: int | None, backend: AttentionBackend) -> int:
 
 
 def _count_pages(
-    config: EngineConfig, layout: KVLayout, device: torch.device, *, max_context: int, world_size: int
+    config: EngineConfig,
+    layout: KVLayout,
+    device: torch.device,
+    *,
+    max_context: int,
+    world_size: int,
+    num_sharing: int,
 ) -> int:
-    """Pages within this rank's KV budget, and never more than its share of ``max_sequences`` full contexts."""
+    """Pages within this rank's KV budget, and never more than its share of ``max_sequences`` full contexts.
+
+    ``num_sharing`` ranks are on this machine.
+    """
     budget = parse_budget(config.kv_bytes)
     is_auto = budget is None
     if budget is None:
-        share = CPU_MEMORY_SHARE if device.type == "cpu" else GPU_MEMORY_SHARE
+        share = CPU_MEMORY_SHARE / num_sharing if device.type == "cpu" else GPU_MEMORY_SHARE
         budget = _available_bytes(device, share=share)
     elif device.type == "cpu" and budget > _available_bytes(device, share=1.0):
         raise ConfigError(

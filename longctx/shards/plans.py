@@ -167,9 +167,8 @@ class StepPlans:
                 if (move.kind, move.owner, move.destination, move.heads) == ("kv", work.kv_owner, self.rank, work.heads)
             )
             first, last = _compact(brought, first, last)
-            tables = torch.empty(
-                (len(indices), 0), dtype=torch.int32, device=self._device
-            )  # whoever puts them into pages knows which
+            # whoever puts them into pages knows which
+            tables = torch.empty((len(indices), 0), dtype=torch.int32, device=self._device)
         return WorkRanges(q_rows, self._key_ranges(cu_seqlens, tables, first, last))
 
 
