@@ -1,10 +1,6 @@
 """How the router reaches a worker, whatever it runs on."""
 
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:  # loads torch, which the router does without
-    from cluster.rank_worker import RankWorker
-    from cluster.worker import Worker
+from typing import Any, Protocol
 
 
 class WorkerHandle(Protocol):
@@ -25,10 +21,17 @@ class WorkerHandle(Protocol):
         ...
 
 
+class NamedWorker(Protocol):
+    """A worker, or another rank of one."""
+
+    name: str
+    role: str
+
+
 class LocalHandle:
     """A worker in this process."""
 
-    def __init__(self, worker: "Worker | RankWorker") -> None:
+    def __init__(self, worker: NamedWorker) -> None:
         self._worker = worker
 
     @property

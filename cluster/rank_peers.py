@@ -100,10 +100,14 @@ class RankPeers:
         calls = [handle.call(method, *args) for handle in self._handles]
         return await asyncio.wait_for(asyncio.gather(*calls), self._config.worker_timeout_s)
 
-    async def close(self) -> None:
-        """Stop following and let them go; a lost one is let be."""
+    async def unfollow(self) -> None:
+        """Poll them no more: what they say from now on is not news."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Let them go; a lost one is let be."""
         calls = [handle.call("close") for handle in self._handles]
         try:
             results = await asyncio.wait_for(

@@ -132,6 +132,7 @@ class Worker(ABC):
     async def close(self) -> None:
         """Stop the engine and give everything back. Idempotent."""
         self._is_closed = True
+        await self.ranks.unfollow()
         engine_loop, self._engine_loop = self._engine_loop, None
         if engine_loop is not None:
             try:

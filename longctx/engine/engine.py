@@ -18,7 +18,7 @@ from longctx.engine.config import EngineConfig
 from longctx.engine.continuation import Continuation
 from longctx.engine.export import KVExport, Reservation
 from longctx.engine.rows import DecodeRows
-from longctx.engine.runner import ModelRunner, Runner
+from longctx.engine.runner import Runner, make_local_runner
 from longctx.engine.sampling import Sampler
 from longctx.engine.scheduler import Chunk, Scheduler
 from longctx.engine.sequence import ActiveRequest, Int64Array, RopeLengths, Sequence
@@ -73,7 +73,11 @@ class Engine:
             rope_lengths=_rope_lengths(decoder),
         )
         self._model_context = max_context
-        self._runner = (make_runner or self._make_runner)(self._rows)
+        if make_runner is not None:
+            self._runner: Runner = make_runner(self._rows)
+        else:
+            assert isinstance(pool, PagePool)
+            self._runner = make_local_runner(decoder, pool, self._rows, config=config, max_context=max_context)
         self.max_context = min(max_context, self.cache.num_available * page_size)
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)
         self._announcer = LayerAnnouncer(num_layers=pool.layout.num_layers, page_size=page_size)
@@ -249,17 +253,6 @@ class Engine:
         self._runner.close()
 
     # Inside
-
-    def _make_runner(self, rows: DecodeRows) -> Runner:
-        decoder, pool, config = self.decoder, self.pool, self.config
-        assert isinstance(pool, PagePool)
-        depends_on_length = decoder.rotary.depends_on_length
-        runner = ModelRunner(decoder, pool, rows=rows, device=decoder.device, needs_rope_lens=depends_on_length)
-        if config.cuda_graphs and decoder.device.type == "cuda" and not depends_on_length:
-            from longctx.engine.cuda_graphs import capture_decode_graphs
-
-            capture_decode_graphs(runner, max_sequences=config.max_sequences, max_kv_len=self._model_context)
-        return runner
 
     def _activate(self, request: GenerationRequest, export: KVExport | None) -> ActiveRequest:
         if request.request_id in self._requests or request.request_id in self._reserved:

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 
 from longctx.attention.batch import PackedBatch
+from longctx.engine.config import EngineConfig
 from longctx.engine.rows import DecodeRows
 from longctx.engine.scheduler import Chunk
+from longctx.models.packed import PackedDecoder
 from memory.pages import PagePool
 
 
@@ -171,3 +173,16 @@ class ModelRunner:
         if self.inputs.rope_lens is not None:
             lens = self.inputs.rope_lens.array[first_token : first_token + len(positions)]
             np.maximum(positions + 1, sequence.rope_floor, out=lens)
+
+
+def make_local_runner(
+    decoder: PackedDecoder, pool: PagePool, rows: DecodeRows, *, config: EngineConfig, max_context: int
+) -> ModelRunner:
+    """A runner for this process alone; on a GPU, decode steps are captured as graphs where that is possible."""
+    depends_on_length = decoder.rotary.depends_on_length
+    runner = ModelRunner(decoder, pool, rows=rows, device=decoder.device, needs_rope_lens=depends_on_length)
+    if config.cuda_graphs and decoder.device.type == "cuda" and not depends_on_length:
+        from longctx.engine.cuda_graphs import capture_decode_graphs
+
+        capture_decode_graphs(runner, max_sequences=config.max_sequences, max_kv_len=max_context)
+    return runner
