@@ -85,7 +85,8 @@ def sequence_parallel_attention(
     problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), timeout_s))
     exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled())
     folder = None if trace is None else Path(trace)
-    run = _Run(exchange_plan, carrier, choose_kernel(q.device), scale or q.shape[-1] ** -0.5, timeout_s, folder)
+    kernel = choose_kernel(q.device, q.dtype, q.shape[3])
+    run = _Run(exchange_plan, carrier, kernel, scale or q.shape[-1] ** -0.5, timeout_s, folder)
     out, lse = _Attention.apply(q, k, v, run)
     return (out, lse.transpose(1, 2)) if return_lse else out
 
@@ -130,7 +131,7 @@ class _Choices:
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"scale={self.scale} is not allowed: above 0")
         Mask(self.causal, self.window)
-        choose_kernel(q.device)
+        choose_kernel(q.device, q.dtype, q.shape[3])
 
     def digest(self, q: torch.Tensor, k: torch.Tensor) -> int:
         """A number that is equal where the choices and the shapes that must be equal are."""

@@ -138,8 +138,10 @@ def _choose_size(carrier: Carrier, device: torch.device) -> int:
 
 def _measure_attention(carrier: Carrier, device: torch.device) -> float:
     """Seconds of unmasked attention while all ranks are at it: they may share cores."""
-    kernel, (_, length, _, head_dim) = choose_kernel(device), ATTENTION_SHAPE
-    q, k, v = (torch.randn(ATTENTION_SHAPE, device=device) for _ in range(3))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    _, length, _, head_dim = ATTENTION_SHAPE
+    kernel = choose_kernel(device, dtype, head_dim)
+    q, k, v = (torch.randn(ATTENTION_SHAPE, device=device, dtype=dtype) for _ in range(3))
 
     def attend() -> None:
         kernel.forward(q, k, v, Block(0, length, 0, length), head_dim**-0.5)

@@ -11,7 +11,7 @@ from parallel.mask import Mask
 from parallel.plan import Plan, make_problem
 from parallel.planner import make_plan
 from parallel.shard import token_positions
-from parallel.tile_attention import choose_kernel
+from parallel.tile_attention import TileKernel, choose_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,14 @@ class Result:
 
 
 def run_virtual_ranks(
-    inputs: tuple[torch.Tensor, ...], mask: Mask, plan_name: str, *, world_size: int, layout: str, num_nodes: int = 1
+    inputs: tuple[torch.Tensor, ...],
+    mask: Mask,
+    plan_name: str,
+    *,
+    world_size: int,
+    layout: str,
+    num_nodes: int = 1,
+    kernel: TileKernel | None = None,
 ) -> Result:
     """Attention and its gradients of ``(q, k, v, dout)`` over ``world_size`` virtual ranks."""
     q, k, v, dout = inputs
@@ -42,7 +49,8 @@ def run_virtual_ranks(
         element_size=q.element_size(),
         num_nodes=num_nodes,
     )
-    plan, kernel, scale = make_plan(plan_name, problem, LinkModel()), choose_kernel(q.device), q.shape[-1] ** -0.5
+    plan, scale = make_plan(plan_name, problem, LinkModel()), q.shape[-1] ** -0.5
+    kernel = kernel or choose_kernel(q.device, q.dtype, q.shape[-1])
     q_rows = [token_positions(spans) - (k.shape[1] - q.shape[1]) for spans in problem.q_layout]
     kv_rows = [token_positions(spans) for spans in problem.kv_layout]
     network = VirtualNetwork(world_size)
