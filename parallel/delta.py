@@ -1,7 +1,7 @@
 """Lets delta = rowsum(dO * O) travel instead of O, where a kernel's backward asks for O.
 
-A flash backward (FlashAttention-2, arXiv 2307.08691, algorithm 2) reads O for nothing but delta. Any O with that delta will
-do, and one can be made from dO alone: O itself need not travel with Q.
+A flash backward (FlashAttention-2, arXiv 2307.08691, algorithm 2) reads O for nothing but delta. Any O with that
+delta will do, and one can be made from dO alone: O itself need not travel with Q.
 """
 
 import torch

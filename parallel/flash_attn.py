@@ -1,7 +1,7 @@
 """The flash-attn package on one tile: its public forward, and the backward below its autograd function.
 
-Written for flash-attn 2.7 and later, whose low-level backward takes the two sides of a window apart. Not run on the project's
-CPU machines: the tests there check the arguments against the package's documented meaning.
+Written for flash-attn 2.7 and later, whose low-level backward takes the two sides of a window apart. Not run on the
+project's CPU machines: the tests there check the arguments against the package's documented meaning.
 """
 
 from importlib import import_module

@@ -1,12 +1,13 @@
 """What the GPU flash kernels share: a whole tile in one call, masks as ``window_size``, half precision only.
 
-Follows FlashAttention-2 (arXiv 2307.08691) and the flash-attn package's meaning of its arguments: masks are aligned to the
-bottom right corner, query i of S sees keys j of L with ``i + L - S - left <= j <= i + L - S + right``, -1 is unbounded.
-Every tile is such a band, so none is cut into blocks and merged again. What is not here: float32, dropout, FlashAttention-3.
+Follows FlashAttention-2 (arXiv 2307.08691) and the flash-attn package's meaning of its arguments: masks are aligned
+to the bottom right corner, query i of S sees keys j of L with ``i + L - S - left <= j <= i + L - S + right``, -1 is
+unbounded. Every tile is such a band, so none is cut into blocks and merged again. What is not here: float32, dropout,
+FlashAttention-3.
 
-These kernels round the output of every tile to q's dtype, and dQ, dK and dV of every tile too. Merging and adding up is done
-in float32, so an error of half a unit in the last place of each tile is left, weighted like the tile: it does not grow with
-the number of ranks, but it is above that of ``cpu_flash``, whose partial results are float32.
+These kernels round the output of every tile to q's dtype, and dQ, dK and dV of every tile too. Merging and adding up
+is done in float32, so an error of half a unit in the last place of each tile is left, weighted like the tile: it does
+not grow with the number of ranks, but it is above that of ``cpu_flash``, whose partial results are float32.
 
 Legend: B batch, S queries, L keys, H query heads, K KV heads, D head dim.
 """

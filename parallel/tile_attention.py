@@ -1,7 +1,7 @@
 """Attention of one tile: the block kernels that an exchange plan is made of.
 
-A kernel that takes no bands sees rectangles with nothing masked, squares with a causal diagonal, and, for windows, bands
-of a few hundred rows; ``decompose`` cuts any tile into these. Which kernel runs is chosen by name or by device.
+A kernel that takes no bands sees rectangles with nothing masked, squares with a causal diagonal, and, for windows,
+bands of a few hundred rows; ``decompose`` cuts any tile into these. Which kernel runs is chosen by name or by device.
 
 Legend: B batch, S queries, L keys, H query heads, K KV heads, D head dim.
 """

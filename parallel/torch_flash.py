@@ -1,9 +1,9 @@
 """torch's own flash kernel on one tile: ``aten::_flash_attention_forward`` and its backward, the dense form.
 
-What a GPU without the flash-attn package runs. The operators are those below ``torch.nn.attention.varlen`` (torch 2.13): they
-take ``[B, S, H, D]``, fewer KV heads than query heads, and no cumulative lengths for a batch of equal ones. Not run on the
-project's CPU machines: the tests there check the arguments against their documented meaning, and the shapes on torch's meta
-device.
+What a GPU without the flash-attn package runs. The operators are those below ``torch.nn.attention.varlen`` (torch
+2.13): they take ``[B, S, H, D]``, fewer KV heads than query heads, and no cumulative lengths for a batch of equal
+ones. Not run on the project's CPU machines: the tests there check the arguments against their documented meaning, and
+the shapes on torch's meta device.
 """
 
 import torch
