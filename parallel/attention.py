@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.carrier import Carrier, ExchangeError, GroupCarrier, drive
+from parallel.carrier import Carrier, ExchangeError, drive, open_carrier
 from parallel.exchange import Backward, Forward
 from parallel.layout import LAYOUTS
 from parallel.links import LinkModel
@@ -81,7 +81,9 @@ def sequence_parallel_attention(
     """
     bounds = None if cu_seqlens is None else tuple(int(bound) for bound in cu_seqlens)
     choices = _Choices(plan, causal, bounds, window, layout, scale, num_nodes, links or LinkModel())
-    carrier = GroupCarrier(group)
+    if trace is not None and q.device.type != "cpu":
+        raise ValueError(f"trace with tensors on {q.device.type} is not allowed: it shows what a CPU does")
+    carrier = open_carrier(group, q.device)
     problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), timeout_s))
     exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled())
     folder = None if trace is None else Path(trace)
@@ -171,6 +173,8 @@ def _agree(
     numbers = [0, 0, 0, 0, 0]
     try:
         choices.check(*tensors)
+        if q.device.type != carrier.device_type:
+            raise ValueError(f"q on {q.device.type} is not allowed: the group carries tensors on {carrier.device_type}")
         numbers = [1, choices.digest(q, k), q.shape[1], k.shape[1], k.shape[2]]
     except ValueError as error:
         refusal = error
@@ -206,12 +210,17 @@ class _Run:
     @contextmanager
     def watch(self, name: str) -> Iterator[tuple[Carrier, TileKernel]]:
         """Carrier and kernel for one direction; with a trace, what they do is written when it has ended well."""
-        if self.trace is None:
-            yield self.carrier, self.kernel
-            return
-        trace = Trace(self.trace, self.plan, self.carrier.rank, name, self.timeout_s)
-        yield trace.watch_carrier(self.carrier), trace.watch_kernel(self.kernel)
-        trace.save()
+        trace = None if self.trace is None else Trace(self.trace, self.plan, self.carrier.rank, name, self.timeout_s)
+        try:
+            if trace is None:
+                yield self.carrier, self.kernel
+            else:
+                yield trace.watch_carrier(self.carrier), trace.watch_kernel(self.kernel)
+        except BaseException:
+            self.carrier.abandon()
+            raise
+        if trace is not None:
+            trace.save()
 
 
 class _Attention(torch.autograd.Function):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.carrier import Carrier, GroupCarrier, Message
+from parallel.carrier import Carrier, Message, open_carrier
 from parallel.links import LinkModel
 from parallel.tile_attention import Block, choose_kernel
 
@@ -60,10 +60,10 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
     Raises:
         ValueError: for a group of one rank.
     """
-    carrier = GroupCarrier(group)
+    place = device or torch.device("cpu")
+    carrier = open_carrier(group, place)
     if carrier.world_size < 2:
         raise ValueError("a group of 1 rank is not allowed: links need 2")
-    place = device or torch.device("cpu")
     node_of = tuple(bytes(numbers).rstrip(b"\0").decode(errors="replace") for numbers in _share_name(carrier, node))
     num_bytes = _choose_size(carrier, place)
     shifts = [_Shift(carrier, place, shift) for shift in range(1, carrier.world_size)]
@@ -121,7 +121,7 @@ def _exchange(
     sent, received = carrier.post(sends, receives)
     for transfer in (*received, *sent):
         transfer.wait(TIMEOUT_S)
-    _synchronize(device)
+        transfer.confirm(TIMEOUT_S)
     return time.perf_counter() - begun
 
 

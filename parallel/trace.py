@@ -87,7 +87,7 @@ class Trace:
 class _WatchedCarrier(Carrier):
     def __init__(self, carrier: Carrier, trace: Trace) -> None:
         self._carrier, self._trace = carrier, trace
-        self.rank, self.world_size = carrier.rank, carrier.world_size
+        self.rank, self.world_size, self.device_type = carrier.rank, carrier.world_size, carrier.device_type
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
         self._trace.begin_step()

@@ -1,10 +1,11 @@
 """A whole group in one process: shards global tensors, runs the plan's ranks in turn, puts the results together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from parallel.carrier import VirtualNetwork, drive_together
+from parallel.carrier import Carrier, VirtualNetwork, drive_together
 from parallel.exchange import Backward, Forward
 from parallel.links import LinkModel
 from parallel.mask import Mask
@@ -35,6 +36,7 @@ def run_virtual_ranks(
     layout: str,
     num_nodes: int = 1,
     kernel: TileKernel | None = None,
+    watch: Callable[[Carrier], Carrier] = lambda carrier: carrier,
 ) -> Result:
     """Attention and its gradients of ``(q, k, v, dout)`` over ``world_size`` virtual ranks."""
     q, k, v, dout = inputs
@@ -55,7 +57,7 @@ def run_virtual_ranks(
     kv_rows = [token_positions(spans) for spans in problem.kv_layout]
     network = VirtualNetwork(world_size)
     forwards = [
-        Forward(plan, rank, network.carrier(rank), kernel, q[:, rows], k[:, columns], v[:, columns], scale)
+        Forward(plan, rank, watch(network.carrier(rank)), kernel, q[:, rows], k[:, columns], v[:, columns], scale)
         for rank, (rows, columns) in enumerate(zip(q_rows, kv_rows, strict=True))
     ]
     drive_together([forward.run() for forward in forwards])
@@ -65,7 +67,7 @@ def run_virtual_ranks(
         forward, dout_local = forwards[rank], dout[:, rows]
         delta = (dout_local.to(forward.out.dtype) * forward.out).sum(-1)
         local = (q[:, rows], k[:, columns], v[:, columns], dout_local, forward.lse, delta)
-        backwards.append(Backward(plan, rank, network.carrier(rank), kernel, *local, scale, forward.kept))
+        backwards.append(Backward(plan, rank, watch(network.carrier(rank)), kernel, *local, scale, forward.kept))
     drive_together([backward.run() for backward in backwards])
     gradients = (
         _join([backward.dq for backward in backwards], q_rows),
