@@ -53,7 +53,8 @@ def sequence_parallel_attention(
     """Softmax attention of this rank's queries to every rank's keys, differentiable in q, k and v. Collective.
 
     Args:
-        q: ``[batch, seq_local, num_heads, head_dim]``, this rank's queries in the order of ``layout``.
+        q: ``[batch, seq_local, num_heads, head_dim]``, this rank's queries in the order of ``layout``. On a CPU any
+            floating dtype over gloo; on a GPU float16 or bfloat16 over NCCL, head_dim a multiple of 8 up to 256.
         k, v: ``[batch, kv_local, num_kv_heads, head_dim]``. More keys than queries over all ranks are a cached prefix:
             each rank's keys are then its part of the prefix in ``layout``, followed by those of its queries.
         group: the ranks; None is the default group.

@@ -80,4 +80,4 @@ def run_virtual_ranks(
 
 def _join(parts: list[torch.Tensor], rows: list[torch.Tensor]) -> torch.Tensor:
     joined = torch.cat(parts, 1)
-    return torch.empty_like(joined).index_copy_(1, torch.cat(rows), joined)
+    return torch.empty_like(joined).index_copy_(1, torch.cat(rows).to(joined.device), joined)
