@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.carrier import Carrier, ExchangeError, GroupCarrier, drive
+from parallel.carrier import Carrier, ExchangeError, drive, open_carrier
 from parallel.exchange import Backward, Forward
 from parallel.layout import LAYOUTS
 from parallel.links import LinkModel
@@ -53,7 +53,8 @@ def sequence_parallel_attention(
     """Softmax attention of this rank's queries to every rank's keys, differentiable in q, k and v. Collective.
 
     Args:
-        q: ``[batch, seq_local, num_heads, head_dim]``, this rank's queries in the order of ``layout``.
+        q: ``[batch, seq_local, num_heads, head_dim]``, this rank's queries in the order of ``layout``. On a CPU any
+            floating dtype over gloo; on a GPU float16 or bfloat16 over NCCL, head_dim a multiple of 8 up to 256.
         k, v: ``[batch, kv_local, num_kv_heads, head_dim]``. More keys than queries over all ranks are a cached prefix:
             each rank's keys are then its part of the prefix in ``layout``, followed by those of its queries.
         group: the ranks; None is the default group.
@@ -81,11 +82,14 @@ def sequence_parallel_attention(
     """
     bounds = None if cu_seqlens is None else tuple(int(bound) for bound in cu_seqlens)
     choices = _Choices(plan, causal, bounds, window, layout, scale, num_nodes, links or LinkModel())
-    carrier = GroupCarrier(group)
+    if trace is not None and q.device.type != "cpu":
+        raise ValueError(f"trace with tensors on {q.device.type} is not allowed: it shows what a CPU does")
+    carrier = open_carrier(group, q.device)
     problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), timeout_s))
     exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled())
     folder = None if trace is None else Path(trace)
-    run = _Run(exchange_plan, carrier, choose_kernel(q.device), scale or q.shape[-1] ** -0.5, timeout_s, folder)
+    kernel = choose_kernel(q.device, q.dtype, q.shape[3])
+    run = _Run(exchange_plan, carrier, kernel, scale or q.shape[-1] ** -0.5, timeout_s, folder)
     out, lse = _Attention.apply(q, k, v, run)
     return (out, lse.transpose(1, 2)) if return_lse else out
 
@@ -130,7 +134,7 @@ class _Choices:
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"scale={self.scale} is not allowed: above 0")
         Mask(self.causal, self.window)
-        choose_kernel(q.device)
+        choose_kernel(q.device, q.dtype, q.shape[3])
 
     def digest(self, q: torch.Tensor, k: torch.Tensor) -> int:
         """A number that is equal where the choices and the shapes that must be equal are."""
@@ -170,6 +174,8 @@ def _agree(
     numbers = [0, 0, 0, 0, 0]
     try:
         choices.check(*tensors)
+        if q.device.type != carrier.device_type:
+            raise ValueError(f"q on {q.device.type} is not allowed: the group carries tensors on {carrier.device_type}")
         numbers = [1, choices.digest(q, k), q.shape[1], k.shape[1], k.shape[2]]
     except ValueError as error:
         refusal = error
@@ -205,12 +211,17 @@ class _Run:
     @contextmanager
     def watch(self, name: str) -> Iterator[tuple[Carrier, TileKernel]]:
         """Carrier and kernel for one direction; with a trace, what they do is written when it has ended well."""
-        if self.trace is None:
-            yield self.carrier, self.kernel
-            return
-        trace = Trace(self.trace, self.plan, self.carrier.rank, name, self.timeout_s)
-        yield trace.watch_carrier(self.carrier), trace.watch_kernel(self.kernel)
-        trace.save()
+        trace = None if self.trace is None else Trace(self.trace, self.plan, self.carrier.rank, name, self.timeout_s)
+        try:
+            if trace is None:
+                yield self.carrier, self.kernel
+            else:
+                yield trace.watch_carrier(self.carrier), trace.watch_kernel(self.kernel)
+        except BaseException:
+            self.carrier.abandon()
+            raise
+        if trace is not None:
+            trace.save()
 
 
 class _Attention(torch.autograd.Function):

@@ -3,12 +3,23 @@
 import datetime
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from parallel.registry import Registry
+
+CARRIERS = Registry(
+    "carrier",
+    {
+        "gloo": "parallel.carrier:GroupCarrier",
+        "nccl": "parallel.nccl_carrier:NcclCarrier",
+    },
+)
 
 
 class ExchangeError(RuntimeError):
@@ -29,14 +40,18 @@ class Transfer(ABC):
 
     peer: int
     verb: str  # "send to" or "receive from"
+    is_asynchronous = False  # whether ``wait`` makes the device wait and not the process
 
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether ``wait`` would return at once."""
+        """Whether the buffer may be used without a ``wait``."""
 
     @abstractmethod
     def wait(self, timeout_s: float) -> None:
-        """Until it is done; raises ``RuntimeError`` if the peer is lost or the time is up."""
+        """Until the buffer may be used; raises ``RuntimeError`` if the peer is lost or the time is up."""
+
+    def confirm(self, timeout_s: float) -> None:  # noqa: B027 - nothing to do for most
+        """After ``wait``, for an asynchronous one: until the process knows that it is done, or ``RuntimeError``."""
 
 
 class Carrier(ABC):
@@ -44,6 +59,7 @@ class Carrier(ABC):
 
     rank: int
     world_size: int
+    device_type: str  # of the tensors it carries
 
     @abstractmethod
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
@@ -53,24 +69,20 @@ class Carrier(ABC):
     def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
         """Every rank's integers (the same count everywhere), in rank order."""
 
+    def abandon(self) -> None:  # noqa: B027 - nothing to do for most
+        """An exchange ended early: its buffers will be freed while messages may still be under way."""
+
 
 class GroupCarrier(Carrier):
-    """A torch.distributed group: gloo on a CPU, NCCL on GPUs.
+    """A torch.distributed group on CPUs, gloo: it matches messages by tag and moves them on its own threads."""
 
-    gloo matches messages by tag and moves them on its own threads. NCCL knows no tags: messages between two ranks match
-    by their order, which is the plan's, and each step's are one group call, so that no two ranks wait for each other.
-    """
+    device_type = "cpu"
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group or dist.group.WORLD
-        if self._group is None:
-            raise ValueError("torch.distributed is not initialised: call init_process_group, or pass a group")
-        self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
-        self._is_nccl = dist.get_backend(self._group) == "nccl"
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
-        if self._is_nccl:
-            return self._post_together(sends, receives)
         received: list[Transfer] = [
             WorkTransfer(dist.irecv(m.buffer, group=self._group, tag=m.tag, group_src=m.peer), m, "receive from")
             for m in receives
@@ -82,28 +94,26 @@ class GroupCarrier(Carrier):
         return sent, received
 
     def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
-        device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl else torch.device("cpu")
-        own = torch.tensor(numbers, dtype=torch.int64, device=device)
+        own = torch.tensor(numbers, dtype=torch.int64)
         everyone = [torch.empty_like(own) for _ in range(self.world_size)]
         work = dist.all_gather(everyone, own, group=self._group, async_op=True)
         assert work is not None
         work.wait(datetime.timedelta(seconds=timeout_s))
         return [theirs.tolist() for theirs in everyone]
 
-    def _post_together(
-        self, sends: Sequence[Message], receives: Sequence[Message]
-    ) -> tuple[list[Transfer], list[Transfer]]:
-        operations = [dist.P2POp(dist.isend, m.buffer, group=self._group, group_peer=m.peer) for m in sends]
-        operations += [dist.P2POp(dist.irecv, m.buffer, group=self._group, group_peer=m.peer) for m in receives]
-        if not operations:
-            return [], []
-        works = dist.batch_isend_irecv(operations)
-        works = works * len(operations) if len(works) == 1 else works  # one for the whole group call
-        sent: list[Transfer] = [WorkTransfer(w, m, "send to") for w, m in zip(works, sends, strict=False)]
-        received: list[Transfer] = [
-            WorkTransfer(w, m, "receive from") for w, m in zip(works[len(sends) :], receives, strict=True)
-        ]
-        return sent, received
+
+def open_carrier(group: dist.ProcessGroup | None, device: torch.device) -> Carrier:
+    """The carrier of ``group`` (None: the default group) for tensors on ``device``.
+
+    Its ``device_type`` may be another: a group that cannot carry these tensors still carries the numbers that say so.
+    """
+    found = group or dist.group.WORLD
+    if found is None:
+        raise ValueError("torch.distributed is not initialised: call init_process_group, or pass a group")
+    backends = dict(part.split(":") for part in dist.get_backend_config(found).split(","))
+    if backends.get("cuda") == "nccl" and (device.type == "cuda" or "cpu" not in backends):
+        return CARRIERS.get("nccl")(found, device)
+    return CARRIERS.get("gloo")(found)
 
 
 class WorkTransfer(Transfer):
@@ -132,7 +142,7 @@ class VirtualNetwork:
 
 
 class VirtualCarrier(Carrier):
-    """One virtual rank's side of a ``VirtualNetwork``."""
+    """One virtual rank's side of a ``VirtualNetwork``; it carries tensors of any device."""
 
     def __init__(self, network: VirtualNetwork, rank: int) -> None:
         self._network, self.rank, self.world_size = network, rank, network.world_size
@@ -181,15 +191,27 @@ class _VirtualReceive(Transfer):
 
 def drive(exchange: Generator[Any, None, None], rank: int, timeout_s: float) -> None:
     """Run one rank's exchange to its end. Raises ``ExchangeError`` naming rank, step and peer."""
+    unconfirmed = []
     for wait in exchange:
-        begun = time.monotonic()
-        try:
+        with _name_errors(wait, rank, timeout_s):
             wait.transfer.wait(timeout_s)
-        except RuntimeError as error:
-            raise ExchangeError(
-                f"rank {rank}, step {wait.step}: could not {wait.transfer.verb} rank {wait.transfer.peer} "
-                f"({time.monotonic() - begun:.1f} s waited, timeout {timeout_s:g} s): {str(error).splitlines()[0]}"
-            ) from error
+        if wait.transfer.is_asynchronous:
+            unconfirmed.append(wait)
+    for wait in sorted(unconfirmed, key=lambda wait: wait.step):  # later steps depend on earlier ones
+        with _name_errors(wait, rank, timeout_s):
+            wait.transfer.confirm(timeout_s)
+
+
+@contextmanager
+def _name_errors(wait: Any, rank: int, timeout_s: float) -> Iterator[None]:
+    begun = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        raise ExchangeError(
+            f"rank {rank}, step {wait.step}: could not {wait.transfer.verb} rank {wait.transfer.peer} "
+            f"({time.monotonic() - begun:.1f} s waited, timeout {timeout_s:g} s): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def drive_together(exchanges: Sequence[Generator[Any, None, None]]) -> None:

@@ -8,6 +8,7 @@ expanded without a copy.
 
 import torch
 
+from parallel.delta import output_with
 from parallel.tile_attention import Block, TileKernel, accumulator_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -15,7 +16,11 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class CpuFlash(TileKernel):
-    """Any head dim, float64, float32 and bfloat16."""
+    """Any head dim, float64, float32, bfloat16 and float16."""
+
+    @classmethod
+    def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None if device.type == "cpu" else f"it runs on a CPU, not on {device.type}"
 
     def forward(
         self, q_BSHD: torch.Tensor, k_BLKD: torch.Tensor, v_BLKD: torch.Tensor, block: Block, scale: float
@@ -51,7 +56,7 @@ class CpuFlash(TileKernel):
             dout = _group(dout_BSHD[index].to(dtype), k.shape[1])
             delta_GKS1 = _group(delta_BSH[index].to(dtype)[..., None], k.shape[1])
             lse_GKS = _group(lse_BSH[index].to(dtype)[..., None], k.shape[1])[..., 0]
-            out = _output_with(delta_GKS1, dout)
+            out = output_with(delta_GKS1, dout)
             grads = _flash_backward(
                 dout, q, k, v, out, lse_GKS.contiguous(), 0.0, block.is_causal, attn_mask=mask, scale=scale
             )
@@ -59,14 +64,6 @@ class CpuFlash(TileKernel):
             dk[index] = grads[1].sum(0).transpose(0, 1)
             dv[index] = grads[2].sum(0).transpose(0, 1)
         return dq, dk, dv
-
-
-def _output_with(delta_GKS1: torch.Tensor, dout_GKSD: torch.Tensor) -> torch.Tensor:
-    """Some O with rowsum(dO * O) = delta, all that the kernel takes O for: O itself need not travel with Q."""
-    largest = dout_GKSD.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(dout_GKSD.dtype).tiny)
-    direction = dout_GKSD / largest
-    squared = direction.square().sum(-1, keepdim=True).clamp_min(torch.finfo(dout_GKSD.dtype).tiny)
-    return direction * (delta_GKS1 / largest / squared)
 
 
 def _grouped(

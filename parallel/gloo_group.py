@@ -41,6 +41,8 @@ class GlooGroup(Carrier):
         ExchangeError: if the others do not come.
     """
 
+    device_type = "cpu"
+
     def __init__(
         self, rank: int, world_size: int, *, meeting: TCPStore | tuple[str, int], address: str, timeout_s: float
     ) -> None:

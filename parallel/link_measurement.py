@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.carrier import Carrier, GroupCarrier, Message
+from parallel.carrier import Carrier, Message, open_carrier
 from parallel.links import LinkModel
 from parallel.tile_attention import Block, choose_kernel
 
@@ -60,10 +60,10 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
     Raises:
         ValueError: for a group of one rank.
     """
-    carrier = GroupCarrier(group)
+    place = device or torch.device("cpu")
+    carrier = open_carrier(group, place)
     if carrier.world_size < 2:
         raise ValueError("a group of 1 rank is not allowed: links need 2")
-    place = device or torch.device("cpu")
     node_of = tuple(bytes(numbers).rstrip(b"\0").decode(errors="replace") for numbers in _share_name(carrier, node))
     num_bytes = _choose_size(carrier, place)
     shifts = [_Shift(carrier, place, shift) for shift in range(1, carrier.world_size)]
@@ -121,7 +121,7 @@ def _exchange(
     sent, received = carrier.post(sends, receives)
     for transfer in (*received, *sent):
         transfer.wait(TIMEOUT_S)
-    _synchronize(device)
+        transfer.confirm(TIMEOUT_S)
     return time.perf_counter() - begun
 
 
@@ -138,8 +138,10 @@ def _choose_size(carrier: Carrier, device: torch.device) -> int:
 
 def _measure_attention(carrier: Carrier, device: torch.device) -> float:
     """Seconds of unmasked attention while all ranks are at it: they may share cores."""
-    kernel, (_, length, _, head_dim) = choose_kernel(device), ATTENTION_SHAPE
-    q, k, v = (torch.randn(ATTENTION_SHAPE, device=device) for _ in range(3))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    _, length, _, head_dim = ATTENTION_SHAPE
+    kernel = choose_kernel(device, dtype, head_dim)
+    q, k, v = (torch.randn(ATTENTION_SHAPE, device=device, dtype=dtype) for _ in range(3))
 
     def attend() -> None:
         kernel.forward(q, k, v, Block(0, length, 0, length), head_dim**-0.5)

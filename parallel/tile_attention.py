@@ -1,7 +1,7 @@
 """Attention of one tile: the block kernels that an exchange plan is made of.
 
-A kernel sees rectangles with nothing masked, squares with a causal diagonal, and, for windows, bands of a few hundred
-rows; ``decompose`` cuts any tile into these. Which kernel runs is chosen by name or by device.
+A kernel that takes no bands sees rectangles with nothing masked, squares with a causal diagonal, and, for windows,
+bands of a few hundred rows; ``decompose`` cuts any tile into these. Which kernel runs is chosen by name or by device.
 
 Legend: B batch, S queries, L keys, H query heads, K KV heads, D head dim.
 """
@@ -23,8 +23,11 @@ TILE_ATTENTION = Registry(
     "tile attention",
     {
         "cpu_flash": "parallel.cpu_flash:CpuFlash",
+        "flash_attn": "parallel.flash_attn:FlashAttn",
+        "torch_flash": "parallel.torch_flash:TorchFlash",
     },
 )
+PREFERENCE = ("flash_attn", "torch_flash", "cpu_flash")  # what "auto" tries, first to last
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +46,23 @@ class Block:
 class TileKernel(ABC):
     """One block at a time, forward and backward, accumulating in float32 (float64 for float64)."""
 
+    @classmethod
+    def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why it cannot run with these, or None."""
+        return None
+
+    def blocks(self, tile: Tile) -> Iterator[Block]:
+        """The calls that a tile takes: blocks that cover its unmasked entries once."""
+        return decompose(tile)
+
     @abstractmethod
     def forward(
         self, q_BSHD: torch.Tensor, k_BLKD: torch.Tensor, v_BLKD: torch.Tensor, block: Block, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output ``[B, S, H, D]`` and log-sum-exp ``[B, S, H]`` of the block, in the accumulator's dtype.
+        """Output ``[B, S, H, D]`` and log-sum-exp ``[B, S, H]`` of the block.
 
-        The arguments are already cut to the block; query head h reads KV head h // (H / K).
+        The arguments are already cut to the block; query head h reads KV head h // (H / K). The log-sum-exp is in the
+        accumulator's dtype; so is the output, or in q's where the kernel rounds it.
         """
 
     @abstractmethod
@@ -64,7 +77,10 @@ class TileKernel(ABC):
         block: Block,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dQ, dK and dV of the block; ``lse_BSH`` is over all keys, ``delta_BSH`` is rowsum(dO * O)."""
+        """dQ, dK and dV of the block, in a dtype as the output's.
+
+        ``lse_BSH`` is over all keys, ``delta_BSH`` is rowsum(dO * O); both are in the accumulator's dtype.
+        """
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -72,13 +88,22 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def choose_kernel(device: torch.device, name: str = "auto") -> TileKernel:
-    """The kernel ``name``, or for ``auto`` the device's. Raises ``ValueError`` where there is none."""
-    if name == "auto":
-        if device.type != "cpu":
-            raise ValueError(f"sequence parallel attention on {device.type} is not allowed: only on a CPU so far")
-        name = "cpu_flash"
-    return TILE_ATTENTION.get(name)()
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name: str = "auto") -> TileKernel:
+    """The kernel ``name``, or for ``auto`` the first of ``PREFERENCE`` that can run.
+
+    Raises ``ValueError`` if it cannot run on this device, dtype or head size, saying what each kernel takes.
+    """
+    reasons = []
+    for candidate in PREFERENCE if name == "auto" else (name,):
+        kernel = TILE_ATTENTION.get(candidate)
+        reason = kernel.unsupported(device, dtype, head_dim)
+        if reason is None:
+            return kernel()
+        reasons.append(f"{candidate}: {reason}")
+    raise ValueError(
+        f"sequence parallel attention on {device.type} in {str(dtype).removeprefix('torch.')} with head_dim {head_dim} "
+        f"is not allowed: {'; '.join(reasons)}"
+    )
 
 
 def attend_tile_(
@@ -92,7 +117,7 @@ def attend_tile_(
     scale: float,
 ) -> None:
     """Merge a tile's attention into ``out_BSHD`` and ``lse_BSH``; all arguments are cut to the tile."""
-    for block in decompose(tile):
+    for block in kernel.blocks(tile):
         rows, columns = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
         partial = kernel.forward(q_BSHD[:, rows], k_BLKD[:, columns], v_BLKD[:, columns], block, scale)
         merge_partial_(out_BSHD[:, rows], lse_BSH[:, rows], *partial)
@@ -113,7 +138,7 @@ def differentiate_tile_(
     scale: float,
 ) -> None:
     """Add a tile's gradients to ``dq_BSHD``, ``dk_BLKD`` and ``dv_BLKD``; all arguments are cut to the tile."""
-    for block in decompose(tile):
+    for block in kernel.blocks(tile):
         rows, columns = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
         dq, dk, dv = kernel.backward(
             dout_BSHD[:, rows],

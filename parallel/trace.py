@@ -6,7 +6,7 @@ seen when it comes and not when the executor asks for it.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from parallel.carrier import Carrier, Message, Transfer
+from parallel.mask import Tile
 from parallel.plan import Move, Plan
 from parallel.tile_attention import Block, TileKernel
 
@@ -86,7 +87,7 @@ class Trace:
 class _WatchedCarrier(Carrier):
     def __init__(self, carrier: Carrier, trace: Trace) -> None:
         self._carrier, self._trace = carrier, trace
-        self.rank, self.world_size = carrier.rank, carrier.world_size
+        self.rank, self.world_size, self.device_type = carrier.rank, carrier.world_size, carrier.device_type
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
         self._trace.begin_step()
@@ -131,6 +132,9 @@ class _FollowedTransfer(Transfer):
 class _WatchedKernel(TileKernel):
     def __init__(self, kernel: TileKernel, trace: Trace) -> None:
         self._kernel, self._trace = kernel, trace
+
+    def blocks(self, tile: Tile) -> Iterator[Block]:
+        return self._kernel.blocks(tile)
 
     def forward(
         self, q_BSHD: torch.Tensor, k_BLKD: torch.Tensor, v_BLKD: torch.Tensor, block: Block, scale: float

@@ -46,7 +46,7 @@ def test_topology_and_nodes(monkeypatch, is_mesh, topology):
     """Ranks 0 and 1 on one node: as rank 0 sees it, only rank 1 is near."""
     now = [0.0]
     network = Network(4, is_mesh=is_mesh, rates=[8e6, 8e6, 8e6], now=now)
-    monkeypatch.setattr(link_measurement, "GroupCarrier", lambda group: network)
+    monkeypatch.setattr(link_measurement, "open_carrier", lambda group, device: network)
     monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(link_measurement, "_measure_attention", lambda carrier, device: 0.5)
     measured = measure_links(None, node="a", device=torch.device("cpu"))
@@ -65,7 +65,7 @@ def test_messages_cost_what_they_add(monkeypatch):
             return [], []
 
     network = Busy(4, is_mesh=True, rates=[], now=now)
-    monkeypatch.setattr(link_measurement, "GroupCarrier", lambda group: network)
+    monkeypatch.setattr(link_measurement, "open_carrier", lambda group, device: network)
     monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(link_measurement, "MOST_BYTES", 1 << 17)
     monkeypatch.setattr(link_measurement, "_measure_attention", lambda carrier, device: 0.5)
@@ -84,6 +84,8 @@ def test_nodes_count_only_in_order():
 
 
 def test_one_rank_has_no_links(monkeypatch):
-    monkeypatch.setattr(link_measurement, "GroupCarrier", lambda group: Network(1, is_mesh=False, rates=[], now=[0.0]))
+    monkeypatch.setattr(
+        link_measurement, "open_carrier", lambda group, device: Network(1, is_mesh=False, rates=[], now=[0.0])
+    )
     with pytest.raises(ValueError, match="a group of 1 rank is not allowed"):
         measure_links(None, node="a")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import longctx
@@ -46,6 +47,12 @@ def test_a_trace_shows_tiles_and_messages(tmp_path):
                 tiles = [e for e in own if e["tid"] == "compute" and e["args"]["step"] == step]
                 assert tiles
                 assert all(message["ts"] <= tile["ts"] for tile in tiles)
+
+
+def test_tensors_of_a_device_are_refused(tmp_path):
+    q = torch.empty(1, 64, 2, 16, device="meta")
+    with pytest.raises(ValueError, match="trace with tensors on meta is not allowed"):
+        longctx.token_ring_attention(q, q, q, group=None, trace=tmp_path)
 
 
 def attend_alone(rank: int, world_size: int, _: str, folder: str) -> str:

@@ -1,17 +1,18 @@
 """A whole group in one process: shards global tensors, runs the plan's ranks in turn, puts the results together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from parallel.carrier import VirtualNetwork, drive_together
+from parallel.carrier import Carrier, VirtualNetwork, drive_together
 from parallel.exchange import Backward, Forward
 from parallel.links import LinkModel
 from parallel.mask import Mask
 from parallel.plan import Plan, make_problem
 from parallel.planner import make_plan
 from parallel.shard import token_positions
-from parallel.tile_attention import choose_kernel
+from parallel.tile_attention import TileKernel, choose_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,15 @@ class Result:
 
 
 def run_virtual_ranks(
-    inputs: tuple[torch.Tensor, ...], mask: Mask, plan_name: str, *, world_size: int, layout: str, num_nodes: int = 1
+    inputs: tuple[torch.Tensor, ...],
+    mask: Mask,
+    plan_name: str,
+    *,
+    world_size: int,
+    layout: str,
+    num_nodes: int = 1,
+    kernel: TileKernel | None = None,
+    watch: Callable[[Carrier], Carrier] = lambda carrier: carrier,
 ) -> Result:
     """Attention and its gradients of ``(q, k, v, dout)`` over ``world_size`` virtual ranks."""
     q, k, v, dout = inputs
@@ -42,12 +51,13 @@ def run_virtual_ranks(
         element_size=q.element_size(),
         num_nodes=num_nodes,
     )
-    plan, kernel, scale = make_plan(plan_name, problem, LinkModel()), choose_kernel(q.device), q.shape[-1] ** -0.5
+    plan, scale = make_plan(plan_name, problem, LinkModel()), q.shape[-1] ** -0.5
+    kernel = kernel or choose_kernel(q.device, q.dtype, q.shape[-1])
     q_rows = [token_positions(spans) - (k.shape[1] - q.shape[1]) for spans in problem.q_layout]
     kv_rows = [token_positions(spans) for spans in problem.kv_layout]
     network = VirtualNetwork(world_size)
     forwards = [
-        Forward(plan, rank, network.carrier(rank), kernel, q[:, rows], k[:, columns], v[:, columns], scale)
+        Forward(plan, rank, watch(network.carrier(rank)), kernel, q[:, rows], k[:, columns], v[:, columns], scale)
         for rank, (rows, columns) in enumerate(zip(q_rows, kv_rows, strict=True))
     ]
     drive_together([forward.run() for forward in forwards])
@@ -57,7 +67,7 @@ def run_virtual_ranks(
         forward, dout_local = forwards[rank], dout[:, rows]
         delta = (dout_local.to(forward.out.dtype) * forward.out).sum(-1)
         local = (q[:, rows], k[:, columns], v[:, columns], dout_local, forward.lse, delta)
-        backwards.append(Backward(plan, rank, network.carrier(rank), kernel, *local, scale, forward.kept))
+        backwards.append(Backward(plan, rank, watch(network.carrier(rank)), kernel, *local, scale, forward.kept))
     drive_together([backward.run() for backward in backwards])
     gradients = (
         _join([backward.dq for backward in backwards], q_rows),
@@ -70,4 +80,4 @@ def run_virtual_ranks(
 
 def _join(parts: list[torch.Tensor], rows: list[torch.Tensor]) -> torch.Tensor:
     joined = torch.cat(parts, 1)
-    return torch.empty_like(joined).index_copy_(1, torch.cat(rows), joined)
+    return torch.empty_like(joined).index_copy_(1, torch.cat(rows).to(joined.device), joined)
