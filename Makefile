@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := torch==2.13.0
 
-.PHONY: install test slow check format bench serve clean
+.PHONY: install test slow kernels check format bench serve clean
 
 install: $(STAMP)
 
@@ -27,6 +27,11 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu and not multihost' $(ARGS)
+
+# Triton's kernels run in its interpreter. Triton takes over a gigabyte: it stays out of the environment that users get.
+kernels: install
+	test -d .venv/triton || $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton triton
+	PYTHONPATH=.venv/triton $(BIN)/python -m pytest tests/parallel/test_triton_merge.py $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from parallel.carrier import Carrier, ExchangeError, Message, Transfer, WorkTransfer
+from parallel.carrier import Carrier, ExchangeError, Message, Transfer, WorkTransfer, open_carrier
 
 TELL_TAG = 1 << 20  # tags from here on; plans count theirs from 0
 
@@ -47,6 +47,7 @@ class GlooGroup(Carrier):
         self, rank: int, world_size: int, *, meeting: TCPStore | tuple[str, int], address: str, timeout_s: float
     ) -> None:
         self.rank, self.world_size, self._timeout_s = rank, world_size, timeout_s
+        self._has_nccl = False
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
             if isinstance(meeting, tuple):
@@ -107,8 +108,28 @@ class GlooGroup(Carrier):
         self._finish(self.post([], waiting)[1], self._timeout_s)
         return parts
 
+    def on_device(self, device: torch.device) -> Carrier:
+        """What carries tensors on ``device`` among the same ranks: this group, or for GPUs an NCCL group beside it.
+
+        NCCL's is the process's default group: a process that holds GPU ranks holds one. Not run on a GPU yet.
+        """
+        if device.type == "cpu":
+            return self
+        dist.init_process_group(
+            "nccl",
+            store=dist.PrefixStore("nccl", self._store),  # pyright: ignore[reportPrivateImportUsage]
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=datetime.timedelta(seconds=self._timeout_s),
+        )
+        self._has_nccl = True
+        return open_carrier(None, device)
+
     def close(self) -> None:
         """Leave the group; peers that wait for this rank are told by their connections."""
+        if self._has_nccl:
+            self._has_nccl = False
+            dist.destroy_process_group()
         self._group = None  # gloo closes the connections with the object
 
     def _start(self, method: Callable[..., Any], message: Message, verb: str) -> Transfer:

@@ -151,7 +151,7 @@ def _load(
         torch.set_num_threads(engine_config.num_threads or max(1, _count_cores() // num_sharing))
     loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed)
     if shards is not None:
-        backend = ShardedAttention(backend, shards.group, timeout_s=shards.timeout_s)
+        backend = ShardedAttention(backend, shards.group.on_device(device), timeout_s=shards.timeout_s)
     decoder = PackedDecoder(loaded, backend)
     decoder.rotary.reserve(max_context)
     layout = decoder.layout(page_size)
