@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from parallel.carrier import Carrier, ExchangeError, drive, open_carrier
-from parallel.exchange import Backward, Forward
 from parallel.layout import LAYOUTS
 from parallel.links import LinkModel
 from parallel.mask import Mask
@@ -26,6 +25,7 @@ from parallel.plan import Plan, Problem, make_problem
 from parallel.planner import make_plan
 from parallel.plans import PLANS
 from parallel.tile_attention import TileKernel, choose_kernel
+from parallel.tile_exchange import Backward, Forward
 from parallel.trace import Trace
 
 TIMEOUT_S = 120.0

@@ -18,13 +18,7 @@ import torch
 from parallel.carrier import Carrier, Message, Transfer
 from parallel.merge import merge_partial_
 from parallel.plan import Heads, Move, Plan, Return, Rows, Work, by_step, count_rows
-from parallel.tile_attention import (
-    TileKernel,
-    accumulator_dtype,
-    attend_tile_,
-    differentiate_tile_,
-    split_heads,
-)
+from parallel.tile_attention import accumulator_dtype
 
 Key = tuple[str, int, Heads]  # kind, owner, query heads
 Waiting = Generator["Wait", None, None]
@@ -179,7 +173,7 @@ class Exchange:
     def _empty(self, move: Move) -> tuple[torch.Tensor, ...]:
         """Room for what a move brings: one buffer, cut like the own tensors, the widest elements first."""
         own = self._cut_heads(self._own[move.kind], move.kind, move.heads)
-        return _allocate(self.travelling(move.kind, own).tensors, count_rows(move.rows))
+        return allocate_rows(self.travelling(move.kind, own).tensors, count_rows(move.rows))
 
     def _fold(self, *, before: int) -> Waiting:
         while self._coming_home and self._coming_home[0][0].step < before:
@@ -244,7 +238,7 @@ class ForwardExchange(Exchange):
     def new_sums(self, kind: str, num_rows: int, heads: Heads) -> tuple[torch.Tensor, ...]:
         batch_size, _, _, head_dim = self._template.shape
         num_heads = heads[1] - heads[0]
-        out, lse = _allocate(
+        out, lse = allocate_rows(
             (
                 self._template.new_empty((batch_size, 0, num_heads, head_dim), dtype=self._dtype),
                 self._template.new_empty((batch_size, 0, num_heads), dtype=self._dtype),
@@ -254,127 +248,7 @@ class ForwardExchange(Exchange):
         return out.zero_(), lse.fill_(float("-inf"))
 
 
-class Forward(ForwardExchange):
-    """Attention over tensors, tile by tile."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        rank: int,
-        carrier: Carrier,
-        kernel: TileKernel,
-        q_BSHD: torch.Tensor,
-        k_BLKD: torch.Tensor,
-        v_BLKD: torch.Tensor,
-        scale: float,
-        *,
-        has_backward: bool = True,
-    ) -> None:
-        self._kernel, self._scale = kernel, scale
-        own = {"q": (q_BSHD,), "kv": (k_BLKD, v_BLKD)}
-        super().__init__(plan, rank, carrier, own, keeps=plan.keeps and has_backward)
-
-    def compute(self, work: Work, q: Held, kv: Held) -> None:
-        sums = self.sums_for(work, "q")
-        for tile in work.tiles:
-            (q_BSHD,) = q.cut(tile.q_start, tile.q_stop)
-            k_BLKD, v_BLKD = kv.cut(tile.kv_start, tile.kv_stop)
-            out_BSHD, lse_BSH = sums.cut(tile.q_start, tile.q_stop)
-            for hs, ks in split_heads(work.heads, self.plan.problem.group_size):
-                attend_tile_(
-                    self._kernel,
-                    tile,
-                    q_BSHD[:, :, hs],
-                    k_BLKD[:, :, ks],
-                    v_BLKD[:, :, ks],
-                    out_BSHD[:, :, hs],
-                    lse_BSH[:, :, hs],
-                    self._scale,
-                )
-
-
-class Backward(Exchange):
-    """Gradients; afterwards ``dq``, ``dk`` and ``dv`` are this rank's, not yet rounded. ``kept``: the forward's."""
-
-    backward = True
-
-    def __init__(
-        self,
-        plan: Plan,
-        rank: int,
-        carrier: Carrier,
-        kernel: TileKernel,
-        q_BSHD: torch.Tensor,
-        k_BLKD: torch.Tensor,
-        v_BLKD: torch.Tensor,
-        dout_BSHD: torch.Tensor,
-        lse_BSH: torch.Tensor,
-        delta_BSH: torch.Tensor,
-        scale: float,
-        kept: dict[Key, Held],
-    ) -> None:
-        self._kernel, self._scale = kernel, scale
-        self._kept = kept
-        self._dtype = accumulator_dtype(q_BSHD.dtype)
-        own = {"q": (lse_BSH, delta_BSH, q_BSHD, dout_BSHD), "kv": (k_BLKD, v_BLKD)}
-        self._templates = {"q": (q_BSHD,), "kv": (k_BLKD, v_BLKD)}
-        super().__init__(plan, rank, carrier, own)
-        self._held |= {key: held for key, held in kept.items() if key[0] == "kv"}
-        (self.dq,) = self.new_sums("q", q_BSHD.shape[1], plan.problem.all_heads)
-        self.dk, self.dv = self.new_sums("kv", k_BLKD.shape[1], plan.problem.all_heads)
-
-    def travelling(self, kind: str, held: Held) -> Held:
-        if kind == "q" and self.plan.keeps:
-            lse, delta, _, dout = held.tensors
-            return Held(held.rows, (lse, delta, dout))
-        return held
-
-    def arrived(self, key: Key, held: Held) -> Held:
-        if key[0] == "q" and self.plan.keeps:
-            lse, delta, dout = held.tensors
-            return Held(held.rows, (lse, delta, *self._kept[key].tensors, dout))
-        return held
-
-    def compute(self, work: Work, q: Held, kv: Held) -> None:
-        q_sums, kv_sums = self.sums_for(work, "q"), self.sums_for(work, "kv")
-        for tile in work.tiles:
-            lse, delta, q_BSHD, dout = q.cut(tile.q_start, tile.q_stop)
-            k_BLKD, v_BLKD = kv.cut(tile.kv_start, tile.kv_stop)
-            (dq,) = q_sums.cut(tile.q_start, tile.q_stop)
-            dk, dv = kv_sums.cut(tile.kv_start, tile.kv_stop)
-            for hs, ks in split_heads(work.heads, self.plan.problem.group_size):
-                differentiate_tile_(
-                    self._kernel,
-                    tile,
-                    dout[:, :, hs],
-                    q_BSHD[:, :, hs],
-                    k_BLKD[:, :, ks],
-                    v_BLKD[:, :, ks],
-                    lse[:, :, hs],
-                    delta[:, :, hs],
-                    dq[:, :, hs],
-                    dk[:, :, ks],
-                    dv[:, :, ks],
-                    self._scale,
-                )
-
-    def add(self, back: Return, held: Held) -> None:
-        own = self._cut_heads(self.own_sums(back.kind), back.kind, back.heads)
-        for start, stop in back.rows:
-            for mine, theirs in zip(own.cut(start, stop), held.cut(start, stop), strict=True):
-                mine += theirs
-
-    def own_sums(self, kind: str) -> Held:
-        tensors = (self.dq,) if kind == "q" else (self.dk, self.dv)
-        return Held(((0, tensors[0].shape[1]),), tensors)
-
-    def new_sums(self, kind: str, num_rows: int, heads: Heads) -> tuple[torch.Tensor, ...]:
-        first, stop = heads if kind == "q" else self.plan.problem.kv_heads(heads)
-        templates = [tensor[:, :0, first:stop].to(self._dtype) for tensor in self._templates[kind]]
-        return tuple(tensor.zero_() for tensor in _allocate(templates, num_rows))
-
-
-def _allocate(templates: Sequence[torch.Tensor], num_rows: int) -> tuple[torch.Tensor, ...]:
+def allocate_rows(templates: Sequence[torch.Tensor], num_rows: int) -> tuple[torch.Tensor, ...]:
     """Tensors like the templates but with ``num_rows`` rows, one behind the other in one buffer."""
     shapes = [(template.shape[0], num_rows, *template.shape[2:]) for template in templates]
     sizes = [torch.Size(shape).numel() * t.element_size() for shape, t in zip(shapes, templates, strict=True)]
@@ -386,16 +260,16 @@ def _allocate(templates: Sequence[torch.Tensor], num_rows: int) -> tuple[torch.T
 
 
 def _bytes_behind(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The one buffer that ``_allocate`` cut, as bytes."""
+    """The one buffer that ``allocate_rows`` cut, as bytes."""
     storage = tensors[0].untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(storage)
 
 
 def _pack(held: Held, rows: Rows) -> torch.Tensor:
-    """Some of the held rows in one buffer, as ``_allocate`` lays them out; the buffer itself if it is all there is."""
+    """Some of the held rows in one buffer, as ``allocate_rows`` lays them out; the buffer itself if it is all there is."""
     if held.rows == rows and _is_packed(held.tensors):
         return _bytes_behind(held.tensors)
-    packed = _allocate(held.tensors, count_rows(rows))
+    packed = allocate_rows(held.tensors, count_rows(rows))
     offset = 0
     for start, stop in rows:
         for target, source in zip(packed, held.cut(start, stop), strict=True):

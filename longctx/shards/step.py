@@ -4,7 +4,6 @@ A sequence's pages are told once: the next steps in a row in which it takes part
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,8 +81,3 @@ class StepReader:
             segments.append(Segment(key, start, stop, bool(samples), rope_floor, export, token_ids, pages))
         self._told = told
         return Step(tuple(segments), tuple((source, target) for source, target in copies))
-
-
-def count_tokens(segments: Sequence[Segment]) -> int:
-    """Tokens that a step computes, over all ranks."""
-    return sum(segment.stop - segment.start for segment in segments)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from parallel.carrier import Carrier, VirtualNetwork, drive_together
-from parallel.exchange import Backward, Forward
 from parallel.links import LinkModel
 from parallel.mask import Mask
 from parallel.plan import Plan, make_problem
 from parallel.planner import make_plan
 from parallel.shard import token_positions
 from parallel.tile_attention import TileKernel, choose_kernel
+from parallel.tile_exchange import Backward, Forward
 
 
 @dataclass(frozen=True, slots=True)
