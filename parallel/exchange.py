@@ -266,7 +266,7 @@ def _bytes_behind(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _pack(held: Held, rows: Rows) -> torch.Tensor:
-    """Some of the held rows in one buffer, as ``allocate_rows`` lays them out; the buffer itself if it is all there is."""
+    """Some of the held rows in one buffer, as ``allocate_rows`` lays them out; the buffer itself if that is all."""
     if held.rows == rows and _is_packed(held.tensors):
         return _bytes_behind(held.tensors)
     packed = allocate_rows(held.tensors, count_rows(rows))

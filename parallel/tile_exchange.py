@@ -1,4 +1,4 @@
-"""Attention over tensors that the ranks share, tile by tile, forward and backward: what ``sequence_parallel_attention`` runs.
+"""Attention over tensors that the ranks share, tile by tile, forward and backward (``sequence_parallel_attention``).
 
 The executor is ``parallel/exchange.py``; this says what is computed on what has arrived.
 """
