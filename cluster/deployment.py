@@ -59,24 +59,15 @@ class Deployment:
 
     def is_running(self) -> bool:
         """Whether Ray is still there."""
-        import ray
-
-        return ray.is_initialized()
+        return self._session.is_running()
 
     def stop(self) -> None:
         """Everything down, in the order that loses nothing; a joined cluster keeps running."""
-        import ray
-
-        if ray.is_initialized():
-            with suppress(Exception):  # each step is tried whatever became of the one before
-                if self._app is not None:
-                    self._app.withdraw()
-            with suppress(Exception):
-                closing = [handle.actor.close.remote() for handle in self._handles]
-                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-            for handle in self._handles:
-                with suppress(Exception):
-                    ray.kill(handle.actor, no_restart=True)
+        if self._session.is_running():
+            closing = threading.Thread(target=_catch, args=([], self._close), daemon=True)
+            closing.start()
+            while closing.is_alive() and self._session.is_running():  # Ray may be told to end just as we are
+                closing.join(0.1)
         self._session.stop()
 
     def kill(self) -> None:
@@ -84,6 +75,20 @@ class Deployment:
         if self._app is not None and not self._session.is_local:
             logger.warning("the endpoint stays in the cluster, not ready, until the next start replaces it")
         self._session.kill()
+
+    def _close(self) -> None:
+        """Endpoint and workers; each step is tried whatever became of the one before."""
+        import ray
+
+        with suppress(Exception):
+            if self._app is not None:
+                self._app.withdraw()
+        with suppress(Exception):
+            closing = [handle.actor.close.remote() for handle in self._handles]
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
+        for handle in self._handles:
+            with suppress(Exception):
+                ray.kill(handle.actor, no_restart=True)
 
     def _place_endpoint(self, nodes: list[dict[str, Any]]) -> None:
         """Serve listens on the head node; raises ``ConfigError`` if the endpoint cannot be there."""

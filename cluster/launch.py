@@ -14,9 +14,11 @@ from longctx.errors import LongctxError
 
 logger = logging.getLogger(__name__)
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; kill, systemd and containers; a closed terminal
+
 
 class StopRequest(BaseException):
-    """SIGINT or SIGTERM came; not an error."""
+    """SIGINT, SIGTERM or SIGHUP came; not an error."""
 
 
 class ForcedStop(KeyboardInterrupt):
@@ -31,7 +33,9 @@ def serve(config: ServeConfig) -> int:
 
     deployment = Deployment(config, model)
     stop = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if previous[signal.SIGHUP] is signal.SIG_IGN:
+        del previous[signal.SIGHUP]  # nohup
 
     def on_signal(number: int, _: object) -> None:
         if stop.is_set():

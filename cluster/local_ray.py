@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -33,6 +34,7 @@ TEMP_ROOT = Path("/tmp")  # short: Unix socket names are
 _TEMP_NAME = re.compile(r"longctx-ray-(\d+)-\w+")
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
+DAEMONS = ("gcs_server", "raylet")  # of a local Ray: nothing works without them
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Where workers share cores, idle threads of one must not take them from the next one: a short spin, then sleep.
 THREAD_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
@@ -60,11 +62,19 @@ class RaySession:
         self._env = QUIET_ENV | (THREAD_ENV if shares_cores else {}) | (LEAN_ENV if config.address is None else {})
         self._temp_dir: Path | None = None
         self._temp_lock = -1  # held as long as this process lives
+        self._daemons: list[psutil.Process] = []  # of a local Ray
 
     @property
     def is_local(self) -> bool:
         """Whether the Ray is ours to stop."""
         return self._config.address is None
+
+    def is_running(self) -> bool:
+        """Whether we are connected and, for a local Ray, its daemons live: a call to dead ones blocks for a minute, and
+        then Ray's client ends this process."""
+        import ray
+
+        return ray.is_initialized() and all(_lives(daemon) for daemon in self._daemons)
 
     def start(self) -> None:
         """Connect, starting a local Ray unless ``ray.address`` is set. Raises ``LongctxError`` saying why it cannot."""
@@ -80,7 +90,7 @@ class RaySession:
 
         address = self._config.address
         try:
-            with _keep_signal_handlers():
+            with _keep_signal_handlers(), _shield_daemons():
                 if address is None:
                     self._start_local()
                 else:
@@ -103,9 +113,12 @@ class RaySession:
         """Disconnect; a local Ray is stopped, and whatever of it does not go is killed."""
         import ray
 
-        timeout_s = STOP_TIMEOUT_S if ray.is_initialized() else 0.0  # what did not start has nothing to end in peace
+        is_whole = self.is_running()
         ray.shutdown()
-        self._remove(timeout_s=timeout_s)
+        # What did not start, or has died, has nothing to end in peace.
+        self._remove(timeout_s=STOP_TIMEOUT_S if is_whole else 0.0)
+        if self._daemons and not is_whole:
+            _sweep_segments()  # of workers that ended with it
 
     def kill(self) -> None:
         """Stop a local Ray at once, also when ``stop`` was interrupted."""
@@ -123,9 +136,7 @@ class RaySession:
                             logger.warning("killing %s (pid %d), which did not stop", process.name(), process.pid)
                         process.kill()
                 left = _wait_for_descendants(0.2)
-            from memory.segment import sweep  # imports torch, which this process does without otherwise
-
-            sweep()
+            _sweep_segments()
         self._remove_folder()
 
     def _remove_folder(self) -> None:
@@ -151,6 +162,7 @@ class RaySession:
             log_to_driver=True,
             _temp_dir=str(self._temp_dir),
         )
+        self._daemons = [child for child in psutil.Process().children() if child.name() in DAEMONS]
 
 
 def _wait_for_descendants(timeout_s: float) -> list[psutil.Process]:
@@ -173,6 +185,35 @@ def _keep_signal_handlers() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler = replaced
+
+
+@contextmanager
+def _shield_daemons() -> Iterator[None]:
+    """A signal to our process group, as ``timeout`` and terminals send it, is ours to handle: Ray's daemons get a group
+    of their own, or SIGTERM would end them while we still ask them to stop the workers."""
+    from ray._private import services
+
+    class Shielded(services.ConsolePopen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"process_group": 0} | kwargs)
+
+    replaced, services.ConsolePopen = services.ConsolePopen, Shielded
+    try:
+        yield
+    finally:
+        services.ConsolePopen = replaced
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _sweep_segments() -> None:
+    from memory.segment import sweep  # imports torch, which this process does without otherwise
+
+    sweep()
 
 
 def _sweep() -> None:

@@ -1,10 +1,12 @@
 """``longctx serve`` from its start to its end: what it prints, how it stops, why it does not start, what it leaves."""
 
+import os
 import re
 import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -92,6 +94,34 @@ def test_signals(tmp_path, when, numbers, codes):
         assert server.left_behind() == []
         assert following.stop() == 0
         check_nothing_is_left(following)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("whom", "number"), [("group", signal.SIGTERM), ("group", signal.SIGHUP), ("every process", signal.SIGTERM)]
+)
+def test_signals_to_all(tmp_path, whom, number):
+    """``timeout`` and a closed terminal signal the process group, systemd every process: Ray's daemons get it too."""
+    with launch(tmp_path) as server:
+        server.wait_until_ready()
+        if whom == "group":
+            os.killpg(server.process.pid, number)
+        for process in server.family.values() if whom != "group" else ():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        assert server.process.wait(45) == 0, server.output()  # Ray's client gives up, and aborts, after 60
+        check_nothing_is_left(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
+def test_ray_dies(tmp_path, daemon):
+    with launch(tmp_path) as server:
+        server.wait_until_ready()
+        next(each for each in server.family.values() if each.name() == daemon).kill()
+        assert server.process.wait(45) == 1
+        assert server.output().splitlines()[-1] == "error: Ray stopped under longctx"
+        check_nothing_is_left(server)
 
 
 @pytest.mark.parametrize(
