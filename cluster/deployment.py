@@ -31,6 +31,7 @@ class Deployment:
         self._session = RaySession(config.ray, shares_cores=config.cluster.num_workers > 1)
         self._handles = []
         self._app: Any = None  # a ServeApp, once Ray runs
+        self._deploying: threading.Thread | None = None
         self._host = config.server.host
 
     def start(self) -> None:
@@ -43,7 +44,7 @@ class Deployment:
         self._create_workers(nodes)
         starts = {handle.actor.start.remote(): handle.name for handle in self._handles}
         failure: list[BaseException] = []
-        deploying = threading.Thread(target=_catch, args=(failure, self._deploy), daemon=True)
+        deploying = self._deploying = threading.Thread(target=_catch, args=(failure, self._deploy), daemon=True)
         deploying.start()
         self._wait(starts, failure)
         deploying.join(self._config.cluster.start_timeout_s)
@@ -80,15 +81,23 @@ class Deployment:
         """Endpoint and workers; each step is tried whatever became of the one before."""
         import ray
 
-        with suppress(Exception):
-            if self._app is not None:
-                self._app.withdraw()
+        self._withdraw()
         with suppress(Exception):
             closing = [handle.actor.close.remote() for handle in self._handles]
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for handle in self._handles:
             with suppress(Exception):
                 ray.kill(handle.actor, no_restart=True)
+
+    def _withdraw(self) -> None:
+        """The endpoint down, also in the middle of its deployment: Ray's end under that thread would crash us."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while self._app is not None and time.monotonic() < deadline:
+            with suppress(Exception):
+                self._app.withdraw()
+            if self._deploying is None or not self._deploying.is_alive():
+                return
+            self._deploying.join(0.5)
 
     def _place_endpoint(self, nodes: list[dict[str, Any]]) -> None:
         """Serve listens on the head node; raises ``ConfigError`` if the endpoint cannot be there."""

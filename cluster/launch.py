@@ -14,8 +14,6 @@ from longctx.errors import LongctxError
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; kill, systemd and containers; a closed terminal
-
 
 class StopRequest(BaseException):
     """SIGINT, SIGTERM or SIGHUP came; not an error."""
@@ -30,6 +28,7 @@ def serve(config: ServeConfig) -> int:
     """Serve until a signal comes; returns the exit code."""
     config, model = check(config)
     from cluster.deployment import Deployment  # what it imports takes longer than a mistake deserves
+    from cluster.local_ray import STOP_SIGNALS
 
     deployment = Deployment(config, model)
     stop = threading.Event()
@@ -59,6 +58,10 @@ def serve(config: ServeConfig) -> int:
         raise LongctxError("Ray stopped under longctx")
     except StopRequest:
         return 0
+    except Exception:
+        if stop.is_set():  # what Ray's compiled code, or our own words for its failures, made of the StopRequest
+            return 0
+        raise
     finally:
         was_asked = stop.is_set()
         stop.set()  # from here on a signal forces

@@ -13,11 +13,13 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -34,6 +36,7 @@ TEMP_ROOT = Path("/tmp")  # short: Unix socket names are
 _TEMP_NAME = re.compile(r"longctx-ray-(\d+)-\w+")
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; kill, systemd, containers; a closed terminal
 DAEMONS = ("gcs_server", "raylet")  # of a local Ray: nothing works without them
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Where workers share cores, idle threads of one must not take them from the next one: a short spin, then sleep.
@@ -63,6 +66,7 @@ class RaySession:
         self._temp_dir: Path | None = None
         self._temp_lock = -1  # held as long as this process lives
         self._daemons: list[psutil.Process] = []  # of a local Ray
+        self._ray: Any = None  # the module, once it is imported: a signal in the middle leaves it unusable
 
     @property
     def is_local(self) -> bool:
@@ -72,9 +76,7 @@ class RaySession:
     def is_running(self) -> bool:
         """Whether we are connected and, for a local Ray, its daemons live: a call to dead ones blocks for a minute, and
         then Ray's client ends this process."""
-        import ray
-
-        return ray.is_initialized() and all(_lives(daemon) for daemon in self._daemons)
+        return self._ray is not None and self._ray.is_initialized() and all(_lives(daemon) for daemon in self._daemons)
 
     def start(self) -> None:
         """Connect, starting a local Ray unless ``ray.address`` is set. Raises ``LongctxError`` saying why it cannot."""
@@ -88,9 +90,10 @@ class RaySession:
             atexit.register(self._remove_folder)  # before Ray's own, so after it: that writes there once more
         import ray  # only now: it reads the authentication mode when it is imported
 
+        self._ray = ray
         address = self._config.address
         try:
-            with _keep_signal_handlers(), _shield_daemons():
+            with _hold_signals(), _keep_signal_handlers(), _shield_daemons():
                 if address is None:
                     self._start_local()
                 else:
@@ -111,10 +114,10 @@ class RaySession:
 
     def stop(self) -> None:
         """Disconnect; a local Ray is stopped, and whatever of it does not go is killed."""
-        import ray
-
+        if self._ray is None:
+            return
         is_whole = self.is_running()
-        ray.shutdown()
+        self._ray.shutdown()
         # What did not start, or has died, has nothing to end in peace.
         self._remove(timeout_s=STOP_TIMEOUT_S if is_whole else 0.0)
         if self._daemons and not is_whole:
@@ -173,6 +176,31 @@ def _wait_for_descendants(timeout_s: float) -> list[psutil.Process]:
             break
         psutil.wait_procs(left, min(0.2, max(0.0, deadline - time.monotonic())))
     return left
+
+
+@contextmanager
+def _hold_signals() -> Iterator[None]:
+    """The first signal waits for the end of ``ray.init``: raised there, it would leave a half connected client, which
+    crashes at our end. A second one does not wait."""
+    held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    taken = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            taken[signal.Signals(number)](number, frame)
+        logger.info("%s: stopping once Ray has started", signal.Signals(number).name)
+        held.append(number)
+
+    for number in taken:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+        if len(held) == 1:
+            signal.raise_signal(held[0])
 
 
 @contextmanager

@@ -114,6 +114,18 @@ def test_signals_to_all(tmp_path, whom, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.1, 0.4, 1.0, 2.0, 3.0, 4.5])
+def test_interrupted_at_any_moment(tmp_path, delay_s):
+    """While Ray is imported, while it connects, and while the endpoint is deployed on a thread of its own."""
+    with launch(tmp_path) as server:
+        wait_until(lambda: server.look() or "loading demo" in server.output(), 60, server.output)
+        time.sleep(delay_s)
+        assert server.stop(signal.SIGINT) == 0, server.output()
+        assert "Traceback" not in server.output()
+        check_nothing_is_left(server)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
 def test_ray_dies(tmp_path, daemon):
     with launch(tmp_path) as server:
