@@ -31,6 +31,7 @@ class Deployment:
         self._session = RaySession(config.ray, shares_cores=config.cluster.num_processes > 1)
         self._groups: list[Any] = []  # ActorGroup of each worker
         self._app: Any = None  # a ServeApp, once Ray runs
+        self._deploying: threading.Thread | None = None
         self._host = config.server.host
 
     def start(self) -> None:
@@ -43,7 +44,7 @@ class Deployment:
         self._create_workers(nodes)
         starts = {group.handle.actor.start.remote(): group.handle.name for group in self._groups}
         failure: list[BaseException] = []
-        deploying = threading.Thread(target=_catch, args=(failure, self._deploy), daemon=True)
+        deploying = self._deploying = threading.Thread(target=_catch, args=(failure, self._deploy), daemon=True)
         deploying.start()
         self._wait(starts, failure)
         deploying.join(self._config.cluster.start_timeout_s)
@@ -59,23 +60,15 @@ class Deployment:
 
     def is_running(self) -> bool:
         """Whether Ray is still there."""
-        import ray
-
-        return ray.is_initialized()
+        return self._session.is_running()
 
     def stop(self) -> None:
         """Everything down, in the order that loses nothing; a joined cluster keeps running."""
-        import ray
-
-        if ray.is_initialized():
-            with suppress(Exception):  # each step is tried whatever became of the one before
-                if self._app is not None:
-                    self._app.withdraw()
-            with suppress(Exception):
-                closing = [group.handle.actor.close.remote() for group in self._groups]
-                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-            for group in self._groups:
-                group.kill()
+        if self._session.is_running():
+            closing = threading.Thread(target=_catch, args=([], self._close), daemon=True)
+            closing.start()
+            while closing.is_alive() and self._session.is_running():  # Ray may be told to end just as we are
+                closing.join(0.1)
         self._session.stop()
 
     def kill(self) -> None:
@@ -83,6 +76,27 @@ class Deployment:
         if self._app is not None and not self._session.is_local:
             logger.warning("the endpoint stays in the cluster, not ready, until the next start replaces it")
         self._session.kill()
+
+    def _close(self) -> None:
+        """Endpoint and workers; each step is tried whatever became of the one before."""
+        import ray
+
+        self._withdraw()
+        with suppress(Exception):
+            closing = [group.handle.actor.close.remote() for group in self._groups]
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
+        for group in self._groups:
+            group.kill()
+
+    def _withdraw(self) -> None:
+        """The endpoint down, also in the middle of its deployment: Ray's end under that thread would crash us."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while self._app is not None and time.monotonic() < deadline:
+            with suppress(Exception):
+                self._app.withdraw()
+            if self._deploying is None or not self._deploying.is_alive():
+                return
+            self._deploying.join(0.5)
 
     def _place_endpoint(self, nodes: list[dict[str, Any]]) -> None:
         """Serve listens on the head node; raises ``ConfigError`` if the endpoint cannot be there."""

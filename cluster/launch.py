@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest(BaseException):
-    """SIGINT or SIGTERM came; not an error."""
+    """SIGINT, SIGTERM or SIGHUP came; not an error."""
 
 
 class ForcedStop(KeyboardInterrupt):
@@ -28,10 +28,13 @@ def serve(config: ServeConfig) -> int:
     """Serve until a signal comes; returns the exit code."""
     config, model = check(config)
     from cluster.deployment import Deployment  # what it imports takes longer than a mistake deserves
+    from cluster.local_ray import STOP_SIGNALS
 
     deployment = Deployment(config, model)
     stop = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if previous[signal.SIGHUP] is signal.SIG_IGN:
+        del previous[signal.SIGHUP]  # nohup
 
     def on_signal(number: int, _: object) -> None:
         if stop.is_set():
@@ -55,6 +58,10 @@ def serve(config: ServeConfig) -> int:
         raise LongctxError("Ray stopped under longctx")
     except StopRequest:
         return 0
+    except Exception:
+        if stop.is_set():  # what Ray's compiled code, or our own words for its failures, made of the StopRequest
+            return 0
+        raise
     finally:
         was_asked = stop.is_set()
         stop.set()  # from here on a signal forces

@@ -13,11 +13,14 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -33,6 +36,8 @@ TEMP_ROOT = Path("/tmp")  # short: Unix socket names are
 _TEMP_NAME = re.compile(r"longctx-ray-(\d+)-\w+")
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; kill, systemd, containers; a closed terminal
+DAEMONS = ("gcs_server", "raylet")  # of a local Ray: nothing works without them
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Where workers share cores, idle threads of one must not take them from the next one: a short spin, then sleep.
 THREAD_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
@@ -60,11 +65,18 @@ class RaySession:
         self._env = QUIET_ENV | (THREAD_ENV if shares_cores else {}) | (LEAN_ENV if config.address is None else {})
         self._temp_dir: Path | None = None
         self._temp_lock = -1  # held as long as this process lives
+        self._daemons: list[psutil.Process] = []  # of a local Ray
+        self._ray: Any = None  # the module, once it is imported: a signal in the middle leaves it unusable
 
     @property
     def is_local(self) -> bool:
         """Whether the Ray is ours to stop."""
         return self._config.address is None
+
+    def is_running(self) -> bool:
+        """Whether we are connected and, for a local Ray, its daemons live: a call to dead ones blocks for a minute, and
+        then Ray's client ends this process."""
+        return self._ray is not None and self._ray.is_initialized() and all(_lives(daemon) for daemon in self._daemons)
 
     def start(self) -> None:
         """Connect, starting a local Ray unless ``ray.address`` is set. Raises ``LongctxError`` saying why it cannot."""
@@ -78,9 +90,10 @@ class RaySession:
             atexit.register(self._remove_folder)  # before Ray's own, so after it: that writes there once more
         import ray  # only now: it reads the authentication mode when it is imported
 
+        self._ray = ray
         address = self._config.address
         try:
-            with _keep_signal_handlers():
+            with _hold_signals(), _keep_signal_handlers(), _shield_daemons():
                 if address is None:
                     self._start_local()
                 else:
@@ -101,11 +114,14 @@ class RaySession:
 
     def stop(self) -> None:
         """Disconnect; a local Ray is stopped, and whatever of it does not go is killed."""
-        import ray
-
-        timeout_s = STOP_TIMEOUT_S if ray.is_initialized() else 0.0  # what did not start has nothing to end in peace
-        ray.shutdown()
-        self._remove(timeout_s=timeout_s)
+        if self._ray is None:
+            return
+        is_whole = self.is_running()
+        self._ray.shutdown()
+        # What did not start, or has died, has nothing to end in peace.
+        self._remove(timeout_s=STOP_TIMEOUT_S if is_whole else 0.0)
+        if self._daemons and not is_whole:
+            _sweep_segments()  # of workers that ended with it
 
     def kill(self) -> None:
         """Stop a local Ray at once, also when ``stop`` was interrupted."""
@@ -123,9 +139,7 @@ class RaySession:
                             logger.warning("killing %s (pid %d), which did not stop", process.name(), process.pid)
                         process.kill()
                 left = _wait_for_descendants(0.2)
-            from memory.segment import sweep  # imports torch, which this process does without otherwise
-
-            sweep()
+            _sweep_segments()
         self._remove_folder()
 
     def _remove_folder(self) -> None:
@@ -151,6 +165,7 @@ class RaySession:
             log_to_driver=True,
             _temp_dir=str(self._temp_dir),
         )
+        self._daemons = [child for child in psutil.Process().children() if child.name() in DAEMONS]
 
 
 def _wait_for_descendants(timeout_s: float) -> list[psutil.Process]:
@@ -164,6 +179,31 @@ def _wait_for_descendants(timeout_s: float) -> list[psutil.Process]:
 
 
 @contextmanager
+def _hold_signals() -> Iterator[None]:
+    """The first signal waits for the end of ``ray.init``: raised there, it would leave a half connected client, which
+    crashes at our end. A second one does not wait."""
+    held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    taken = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            taken[signal.Signals(number)](number, frame)
+        logger.info("%s: stopping once Ray has started", signal.Signals(number).name)
+        held.append(number)
+
+    for number in taken:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+        if len(held) == 1:
+            signal.raise_signal(held[0])
+
+
+@contextmanager
 def _keep_signal_handlers() -> Iterator[None]:
     """``ray.init`` would replace the handler of SIGTERM by one that exits there and then."""
     from ray._private import utils
@@ -173,6 +213,35 @@ def _keep_signal_handlers() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler = replaced
+
+
+@contextmanager
+def _shield_daemons() -> Iterator[None]:
+    """A signal to our process group, as ``timeout`` and terminals send it, is ours to handle: Ray's daemons get a group
+    of their own, or SIGTERM would end them while we still ask them to stop the workers."""
+    from ray._private import services
+
+    class Shielded(services.ConsolePopen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{"process_group": 0} | kwargs)
+
+    replaced, services.ConsolePopen = services.ConsolePopen, Shielded
+    try:
+        yield
+    finally:
+        services.ConsolePopen = replaced
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _sweep_segments() -> None:
+    from memory.segment import sweep  # imports torch, which this process does without otherwise
+
+    sweep()
 
 
 def _sweep() -> None:

@@ -10,6 +10,8 @@ BACKLOG = 2048
 
 def listen(server: ServerConfig) -> socket.socket:
     """A socket that listens on ``server.host`` and ``server.port``; raises ``ConfigError`` if this machine cannot."""
+    if not server.host:  # bind would take it for every address of the machine
+        raise ConfigError("server.host='' is not allowed: an address, as 127.0.0.1, or 0.0.0.0 for all")
     listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

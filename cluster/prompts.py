@@ -13,11 +13,14 @@ T = TypeVar("T")
 INLINE_CHARACTERS = 4096  # shorter texts are tokenised in less time than a thread takes
 
 
-async def encode_prompts(call: CompletionCall, tokenizer: PromptTokenizer) -> list[tuple[int, ...]]:
-    """Token ids of every prompt."""
+async def encode_prompts(call: CompletionCall, tokenizer: PromptTokenizer, model: ServedModel) -> list[tuple[int, ...]]:
+    """Token ids of every prompt; raises ``RequestError`` if a text is far too long."""
 
     def encode(prompt: Prompt) -> tuple[int, ...]:
-        return tuple(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, str):
+            return prompt
+        _check_text(prompt, tokenizer, model, param="prompt")
+        return tuple(tokenizer.encode(prompt))
 
     return await _run(lambda: [encode(prompt) for prompt in call.prompts], sum(map(len, call.prompts)))
 
@@ -34,11 +37,15 @@ async def echo_prompts(call: CompletionCall, tokenizer: PromptTokenizer) -> list
     return [text for text in texts for _ in range(call.sampling.n)]
 
 
-async def encode_messages(call: ChatCall, tokenizer: PromptTokenizer) -> list[tuple[int, ...]]:
-    """Token ids of the conversation, as the only prompt."""
-    num_characters = sum(len(message["content"]) for message in call.messages)
-    ids = await _run(lambda: tokenizer.encode_chat(call.messages, **call.template_kwargs), num_characters)
-    return [tuple(ids)]
+async def encode_messages(call: ChatCall, tokenizer: PromptTokenizer, model: ServedModel) -> list[tuple[int, ...]]:
+    """Token ids of the conversation, as the only prompt; raises ``RequestError`` if it is far too long."""
+
+    def encode() -> tuple[int, ...]:
+        text = tokenizer.render_chat(call.messages, **call.template_kwargs)
+        _check_text(text, tokenizer, model, param="messages")
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    return [await _run(encode, sum(len(message["content"]) for message in call.messages))]
 
 
 def make_requests(
@@ -57,15 +64,24 @@ def make_requests(
         if not prompt:
             raise RequestError(f"{param} is empty; it must hold at least one token", param=param)
         if len(prompt) >= model.max_context:
-            text = (
-                f"the prompt has {len(prompt)} tokens; this model's context is {model.max_context} tokens of prompt "
-                f"and output together, so a prompt may have {model.max_context - 1}"
-            )
-            raise RequestError(text, param=param, code="context_length_exceeded")
+            raise _too_long(f"{len(prompt)} tokens", model, param=param)
     return [
         GenerationRequest(f"{request_id}-{i}", prompt, call.sampling, call.cache_salt)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _check_text(text: str, tokenizer: PromptTokenizer, model: ServedModel, *, param: str) -> None:
+    if tokenizer.exceeds(text, model.max_context):
+        raise _too_long(f"{len(text)} characters, which are more than {model.max_context} tokens", model, param=param)
+
+
+def _too_long(has: str, model: ServedModel, *, param: str) -> RequestError:
+    text = (
+        f"the prompt has {has}; this model's context is {model.max_context} tokens of prompt and output together, "
+        f"so a prompt may have {model.max_context - 1}"
+    )
+    return RequestError(text, param=param, code="context_length_exceeded")
 
 
 async def _run(work: Callable[[], T], num_characters: int) -> T:

@@ -177,7 +177,7 @@ class CompletionRoute(GenerateRoute):
         """See ``GenerateRoute``."""
         model, tokenizer = self._backend.model, self._backend.tokenizer
         call = parse_completion(body, model, max_prompts=self._server.max_requests)
-        prompts = await encode_prompts(call, tokenizer)
+        prompts = await encode_prompts(call, tokenizer, model)
         requests = make_requests(prompts, call, model=model, request_id=request_id, param=self.prompt_param)
         echoes = await echo_prompts(call, tokenizer)
         head = self._head(request_id, "text_completion")
@@ -195,7 +195,7 @@ class ChatRoute(GenerateRoute):
         """See ``GenerateRoute``."""
         model = self._backend.model
         call = parse_chat(body, model)
-        prompts = await encode_messages(call, self._backend.tokenizer)
+        prompts = await encode_messages(call, self._backend.tokenizer, model)
         requests = make_requests(prompts, call, model=model, request_id=request_id, param=self.prompt_param)
         head = self._head(request_id, "chat.completion")
         return Job(

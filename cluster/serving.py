@@ -70,12 +70,16 @@ class Health:
 class PromptTokenizer(Protocol):
     """What the endpoint needs of ``longctx.models.tokenizer.Tokenizer``."""
 
-    def encode(self, text: str, /) -> list[int]:
+    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``, with a beginning-of-sequence id if the model wants one."""
         ...
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], /, **template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation; raises ``RequestError`` if the template does not take it."""
+    def exceeds(self, text: str, num_tokens: int, /) -> bool:
+        """Whether ``text`` surely has more tokens than that: asked before ``encode`` takes memory for all of it."""
+        ...
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], /, **template_kwargs: Any) -> str:
+        """A conversation as text with all special tokens; raises ``RequestError`` if the template does not take it."""
         ...
 
     def decode(self, ids: Sequence[int], /, *, skip_special_tokens: bool = True) -> str:

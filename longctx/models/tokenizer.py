@@ -15,6 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from longctx.errors import CheckpointError, RequestError
 from longctx.models.checkpoint import ModelSpec
 
+SLICE_CHARACTERS_PER_TOKEN = 8  # of texts that may fit, few have more
+MAX_SLICE_CHARACTERS = 1 << 20
+SLICE_SLACK_TOKENS = 16  # a cut may add a few tokens
+
 
 class Tokenizer:
     """The tokenizer of one checkpoint. Safe to use from several threads.
@@ -52,6 +56,24 @@ class Tokenizer:
             return self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError):
             raise RequestError("the prompt is not valid Unicode text", param="prompt") from None
+
+    def exceeds(self, text: str, num_tokens: int) -> bool:
+        """Whether ``text`` surely has more than ``num_tokens`` tokens; False if only ``encode`` can tell.
+
+        Encoding takes a hundred bytes a character and more. Texts far too long are counted here in slices, as far as it
+        takes; those that may well fit are not looked at.
+        """
+        slice_size = SLICE_CHARACTERS_PER_TOKEN * num_tokens
+        if len(text) <= slice_size:
+            return False
+        slice_size = min(slice_size, MAX_SLICE_CHARACTERS)
+        num_counted = 0
+        for start in range(0, len(text), slice_size):
+            num_counted += len(self.encode(text[start : start + slice_size], add_special_tokens=False))
+            num_counted -= SLICE_SLACK_TOKENS
+            if num_counted > num_tokens:
+                return True
+        return False
 
     def render_chat(self, messages: Sequence[dict[str, Any]], **template_kwargs: Any) -> str:
         """The chat as one text, ready for the assistant's answer.

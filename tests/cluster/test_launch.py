@@ -1,10 +1,12 @@
 """``longctx serve`` from its start to its end: what it prints, how it stops, why it does not start, what it leaves."""
 
+import os
 import re
 import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -94,6 +96,46 @@ def test_signals(tmp_path, when, numbers, codes):
         check_nothing_is_left(following)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("whom", "number"), [("group", signal.SIGTERM), ("group", signal.SIGHUP), ("every process", signal.SIGTERM)]
+)
+def test_signals_to_all(tmp_path, whom, number):
+    """``timeout`` and a closed terminal signal the process group, systemd every process: Ray's daemons get it too."""
+    with launch(tmp_path) as server:
+        server.wait_until_ready()
+        if whom == "group":
+            os.killpg(server.process.pid, number)
+        for process in server.family.values() if whom != "group" else ():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        assert server.process.wait(45) == 0, server.output()  # Ray's client gives up, and aborts, after 60
+        check_nothing_is_left(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.1, 0.4, 1.0, 2.0, 3.0, 4.5])
+def test_interrupted_at_any_moment(tmp_path, delay_s):
+    """While Ray is imported, while it connects, and while the endpoint is deployed on a thread of its own."""
+    with launch(tmp_path) as server:
+        wait_until(lambda: server.look() or "loading demo" in server.output(), 60, server.output)
+        time.sleep(delay_s)
+        assert server.stop(signal.SIGINT) == 0, server.output()
+        assert "Traceback" not in server.output()
+        check_nothing_is_left(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
+def test_ray_dies(tmp_path, daemon):
+    with launch(tmp_path) as server:
+        server.wait_until_ready()
+        next(each for each in server.family.values() if each.name() == daemon).kill()
+        assert server.process.wait(45) == 1
+        assert server.output().splitlines()[-1] == "error: Ray stopped under longctx"
+        check_nothing_is_left(server)
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -103,9 +145,10 @@ def test_signals(tmp_path, when, numbers, codes):
         (("ray.address=nowhere",), "ray.address='nowhere' cannot be joined"),
         (("server.api_key_file=/absent",), "/absent"),
         (("server.host=203.0.113.1",), "server.host=203.0.113.1"),
+        (("server.host=",), "server.host='' is not allowed"),
         (("model.max_context=100000000",), "model.max_context=100000000"),
     ],
-    ids=["no checkpoint", "memory", "no Ray", "no address", "no keys", "not our address", "context"],
+    ids=["no checkpoint", "memory", "no Ray", "no address", "no keys", "not our address", "every address", "context"],
 )
 def test_failed_starts_say_why(overrides, reason):
     check_failed_start(overrides, reason)

@@ -132,6 +132,12 @@ def test_errors_say_what_is_allowed(client):
         code="context_length_exceeded",
     )
     assert "1024" in message
+    for path, param, fields in (
+        (COMPLETIONS, "prompt", PROMPT | {"prompt": "x" * 60_000}),
+        (CHAT, "messages", TALK | {"messages": [{"role": "user", "content": "x" * 60_000}]}),
+    ):
+        message = check_error(client.post(path, json=fields), 400, param=param, code="context_length_exceeded")
+        assert "characters, which are more than 1024 tokens" in message  # not tokenised for this
 
 
 def test_harmless_fields_are_taken(client):

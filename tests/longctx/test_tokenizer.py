@@ -113,6 +113,21 @@ def test_invalid_unicode(tokenizer: Tokenizer) -> None:
     assert caught.value.param == "prompt"
 
 
+def test_far_too_long_texts_are_not_encoded_whole(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = 0
+    encode = tokenizer.encode
+
+    def watch(text: str, **options: bool) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", watch)
+    assert tokenizer.exceeds("é" * 100_000, 100)
+    assert 100 < longest < 2000
+    assert not tokenizer.exceeds("x" * 500, 100)  # encoding tells
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", "llama", tokenizer=False)
     spec = inspect_checkpoint(path)
