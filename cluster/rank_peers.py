@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
 from cluster.handle import WorkerHandle
@@ -14,6 +14,8 @@ from parallel.gloo_group import GlooGroup, open_meeting
 from parallel.links import LinkModel, load_links
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class RankPeers:
@@ -51,20 +53,26 @@ class RankPeers:
         except ValueError as error:
             raise ConfigError(f"cluster.links_file: {error}") from None
 
-    async def start(self, address: str, links: LinkModel, build: Callable[[GlooGroup], Any]) -> tuple[Any, list[str]]:
-        """What ``build`` returns for rank 0's side of the group, run on a thread beside the others' start, and the
-        incarnations of these.
+    async def start(
+        self, address: str, links: LinkModel, build: Callable[[Callable[[], GlooGroup]], Coroutine[Any, Any, T]]
+    ) -> tuple[T, list[str]]:
+        """What ``build`` makes of rank 0's side while the others start, and the incarnations of these.
 
         Raises what went wrong first, on whichever rank.
+
+        Args:
+            address: of this node.
+            links: what plans are weighed by.
+            build: is given a function that joins the group, which blocks until all have come.
         """
         timeout_s = self._config.start_timeout_s
         meeting = await asyncio.to_thread(open_meeting, address, timeout_s=timeout_s)
 
-        def join() -> Any:
-            return build(GlooGroup(0, self.sp_degree, meeting=meeting, address=address, timeout_s=timeout_s))
+        def join() -> GlooGroup:
+            return GlooGroup(0, self.sp_degree, meeting=meeting, address=address, timeout_s=timeout_s)
 
         place = (address, meeting.port)
-        own = asyncio.ensure_future(asyncio.to_thread(join))
+        own = asyncio.ensure_future(build(join))
         others = [
             asyncio.ensure_future(handle.call("start", RankStart(rank, self.sp_degree, place, links)))
             for rank, handle in enumerate(self._handles, start=1)

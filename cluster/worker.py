@@ -68,7 +68,7 @@ class Worker(ABC):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
         self._deltas: deque[OutputDelta] = deque()
-        self._tasks: deque[asyncio.Task[None]] = deque(maxlen=1024)  # referenced while they run
+        self._tasks: set[asyncio.Task[None]] = set()  # referenced while they run
         self._finished: deque[tuple[str, str]] = deque()
         self._starting = asyncio.Lock()
         self._is_closed = False
@@ -192,8 +192,14 @@ class Worker(ABC):
     def from_other_thread(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a coroutine on the worker's event loop; from any thread."""
         loop = self._loop
+
+        def start(loop: asyncio.AbstractEventLoop) -> None:
+            task = loop.create_task(function())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
         if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: self._tasks.append(loop.create_task(function())))
+            loop.call_soon_threadsafe(start, loop)
 
     async def _start_engine(self) -> Engine:
         build = partial(build_engine, self.config.model, self.config.engine, make_pool=self._make_pool())
@@ -202,8 +208,11 @@ class Worker(ABC):
         links, cluster = self.ranks.load_links(), self.config.cluster
         choice = PlanChoice(cluster.group_of(self.role).plan, links)
 
-        def build_sharded(group: GlooGroup) -> Engine:
-            return build(shards=ShardGroup(group, self.node_id, choice, cluster.call_timeout_s))
+        async def build_sharded(join: Callable[[], GlooGroup]) -> Engine:
+            def make() -> Engine:
+                return build(shards=ShardGroup(join(), self.node_id, choice, cluster.call_timeout_s))
+
+            return await self._build_engine(make)
 
         address = self.config.transport.host or node_address()
         engine, incarnations = await self.ranks.start(address, links, build_sharded)
