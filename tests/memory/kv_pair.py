@@ -71,7 +71,7 @@ class Pair:
         """A lease on the receiver's ``pages`` for all senders; ``page_idxs`` if they do not follow each other."""
         if page_idxs is None:
             page_idxs = range(first_page_idx, first_page_idx + len(pages))
-        num_tokens = (page_idxs[-1] + 1 if page_idxs else first_page_idx) * LAYOUT.page_size
+        num_tokens = (page_idxs[-1] + 1 if page_idxs else first_page_idx) * self.target.layout.page_size
         return self.receiver.grant(
             request_id, pages, page_idxs=page_idxs, num_tokens=num_tokens, num_senders=len(self.senders)
         )

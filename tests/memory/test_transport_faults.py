@@ -45,7 +45,8 @@ from memory.transport import TRANSPORTS
 from tests.memory.test_transport_faults import decode, encode
 name, config, layout = decode(sys.argv[1])
 receiver = TRANSPORTS.get(name).make_receiver(PagePool(layout, 8), config, on_commit=print, on_failed=print)
-grants = [receiver.grant(str(idx), [2 * idx, 2 * idx + 1], page_idxs=[0, 1], num_tokens=32) for idx in range(4)]
+two = {"page_idxs": [0, 1], "num_tokens": 2 * layout.page_size}
+grants = [receiver.grant(str(idx), [2 * idx, 2 * idx + 1], **two) for idx in range(4)]
 print(encode(grants), flush=True)
 time.sleep(60)
 """
