@@ -1,4 +1,4 @@
-"""Draws a result of the sequence parallelism benchmark, and prints the table that the documentation shows.
+"""Draws a result of the sequence parallelism benchmark, and prints the tables that the documentation shows.
 
 python -m benchmarks.plot_sequence_parallel sequence-parallel-44 docs/sequence_parallel_44.svg
 """
@@ -19,14 +19,14 @@ FORWARD, BACKWARD, WRONG = "#3a6ea5", "#a9c4e0", "#bbbbbb"
 
 
 def main() -> None:
-    """Write the picture and print the table."""
+    """Write the picture and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the result, without .json")
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
     result = json.loads((REPOSITORY / "benchmarks" / "results" / f"{arguments.name}.json").read_text())
     arguments.picture.write_text(draw(result), encoding="utf-8")
-    print("\n".join(make_table(result)))
+    print("\n".join([*make_table(result), "", *make_hidden_table(result)]))
 
 
 def make_table(result: dict[str, Any]) -> Iterator[str]:
@@ -55,6 +55,24 @@ def make_table(result: dict[str, Any]) -> Iterator[str]:
             )
     mean = f"{statistics.geometric_mean(gains):.2f}x" if gains else "-"
     yield f"| geometric mean; least | | | | | {statistics.geometric_mean(shares):.2f}x; {min(shares):.2f}x | {mean} |"
+
+
+def make_hidden_table(result: dict[str, Any]) -> Iterator[str]:
+    """Rows of Markdown: what each direction takes with computing alone, with communication alone and as it is."""
+    yield "| network, mask, g, queries | plan | computing | communication | both | CPU for communication | hidden |"
+    yield "|---|---|---|---|---|---|---|"
+    for network in result["networks"]:
+        for cell in network["cells"]:
+            for name, hidden in cell.get("hidden", {}).items():
+                halves = [hidden[direction] for direction in ("forward", "backward")]
+                columns = [
+                    " + ".join(f"{half[key] * 1e3:.0f}" for half in halves)
+                    for key in ("compute_s", "communication_s", "both_s", "communication_cpu_s")
+                ]
+                share = "-" if hidden["hidden"] is None else f"{hidden['hidden']:.0%}"
+                label = name if name == hidden["plan"] else f"`{name}` ({hidden['plan']})"
+                where = f"{_describe(network)}, {_describe_cell(cell['cell'])}"
+                yield f"| {where} | {label} | {' | '.join(columns)} | {share} |"
 
 
 def draw(result: dict[str, Any]) -> str:
