@@ -1,6 +1,8 @@
-"""Draws a result of the sequence parallelism benchmark, and prints the tables that the documentation shows.
+"""Draws results of the sequence parallelism benchmark, and prints the tables that the documentation shows.
 
-python -m benchmarks.plot_sequence_parallel sequence-parallel-44 docs/sequence_parallel_44.svg
+    python -m benchmarks.plot_sequence_parallel sequence-parallel-44 --picture docs/sequence_parallel_44.svg
+
+Of several results, a later one's network takes the place of the same network in earlier ones.
 """
 
 import argparse
@@ -21,10 +23,13 @@ FORWARD, BACKWARD, WRONG = "#3a6ea5", "#a9c4e0", "#bbbbbb"
 def main() -> None:
     """Write the picture and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the result, without .json")
-    parser.add_argument("picture", type=Path, nargs="?", help="none: only the table of hidden communication")
+    parser.add_argument("names", nargs="+", help="of the results, without .json")
+    parser.add_argument("--picture", type=Path, help="SVG; without it only the table of hidden communication")
     arguments = parser.parse_args()
-    result = json.loads((REPOSITORY / "benchmarks" / "results" / f"{arguments.name}.json").read_text())
+    folder = REPOSITORY / "benchmarks" / "results"
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in arguments.names]
+    networks = {(each["topology"], each["mbit_per_s"]): each for result in results for each in result["networks"]}
+    result = results[0] | {"networks": list(networks.values())}
     if arguments.picture:
         arguments.picture.write_text(draw(result), encoding="utf-8")
         print("\n".join([*make_table(result), ""]))
