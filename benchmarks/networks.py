@@ -29,6 +29,10 @@ class Network:
         """Words before a command that run it where ``rank`` is."""
         return ["ip", "netns", "exec", self.names[rank]]
 
+    def address(self, rank: int) -> str:
+        """What the others reach ``rank`` by."""
+        return f"10.{71 if self.topology == 'switch' else 72}.0.{rank + 1}"
+
     def count_sent(self, rank: int) -> int:
         """Bytes that a rank's links have sent so far, frames and acknowledgements included."""
         done = subprocess.run(

@@ -1,6 +1,8 @@
-"""Draws a result of the sequence parallelism benchmark, and prints the table that the documentation shows.
+"""Draws results of the sequence parallelism benchmark, and prints the tables that the documentation shows.
 
-python -m benchmarks.plot_sequence_parallel sequence-parallel-44 docs/sequence_parallel_44.svg
+    python -m benchmarks.plot_sequence_parallel sequence-parallel-44 --picture docs/sequence_parallel_44.svg
+
+Of several results, a later one's network takes the place of the same network in earlier ones.
 """
 
 import argparse
@@ -19,21 +21,33 @@ FORWARD, BACKWARD, WRONG = "#3a6ea5", "#a9c4e0", "#bbbbbb"
 
 
 def main() -> None:
-    """Write the picture and print the table."""
+    """Write the picture and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the result, without .json")
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("names", nargs="+", help="of the results, without .json")
+    parser.add_argument("--picture", type=Path, help="SVG; without it only the table of hidden communication")
     arguments = parser.parse_args()
-    result = json.loads((REPOSITORY / "benchmarks" / "results" / f"{arguments.name}.json").read_text())
-    arguments.picture.write_text(draw(result), encoding="utf-8")
-    print("\n".join(make_table(result)))
+    folder = REPOSITORY / "benchmarks" / "results"
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in arguments.names]
+    networks = {(each["topology"], each["mbit_per_s"]): each for result in results for each in result["networks"]}
+    result = results[0] | {"networks": list(networks.values())}
+    if arguments.picture:
+        arguments.picture.write_text(draw(result), encoding="utf-8")
+        print("\n".join([*make_table(result), ""]))
+    print("\n".join(make_hidden_table(result)))
 
 
 def make_table(result: dict[str, Any]) -> Iterator[str]:
-    """Rows of Markdown: forward and backward together, in milliseconds."""
-    yield "| network, mask, g, queries | KV ring | TokenRing | best | `auto` | best / `auto` | best peer / `auto` |"
-    yield "|---|---|---|---|---|---|---|"
-    gains, shares = [], []
+    """Rows of Markdown: forward and backward together, in milliseconds.
+
+    ``auto`` runs the plan in parentheses, which was also timed by itself: the last share but one puts both's rounds
+    together, so that it is less than 1 only where another plan would have been faster.
+    """
+    yield (
+        "| network, mask, g, queries | KV ring | TokenRing | best | `auto` | best / `auto` | best / its plan "
+        "| best peer / `auto` |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    gains, shares, choices = [], [], []
     for network in result["networks"]:
         for cell in network["cells"]:
             times = {name: engine["seconds"] * 1e3 for name, engine in cell["engines"].items() if engine["correct"]}
@@ -44,6 +58,9 @@ def make_table(result: dict[str, Any]) -> Iterator[str]:
                 min(peers, key=lambda name: peers[name], default=None),
             )
             shares.append(plans[best] / times["auto"])
+            chosen = cell["engines"]["auto"]["plan"]
+            pooled = plans | {chosen: _pool(cell["engines"]["auto"], cell["engines"][chosen]) * 1e3}
+            choices.append(min(pooled.values()) / pooled[chosen])
             against = "-"
             if peer is not None:
                 gains.append(peers[peer] / times["auto"])
@@ -51,10 +68,38 @@ def make_table(result: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"| {_describe(network)}, {_describe_cell(cell['cell'])} | {times['kv_ring']:.0f} "
                 f"| {times['token_ring']:.0f} | {plans[best]:.0f} ({best}) "
-                f"| {times['auto']:.0f} ({cell['engines']['auto']['plan']}) | {shares[-1]:.2f}x | {against} |"
+                f"| {times['auto']:.0f} ({chosen}) | {shares[-1]:.2f}x | {choices[-1]:.2f}x | {against} |"
             )
     mean = f"{statistics.geometric_mean(gains):.2f}x" if gains else "-"
-    yield f"| geometric mean; least | | | | | {statistics.geometric_mean(shares):.2f}x; {min(shares):.2f}x | {mean} |"
+    yield f"| geometric mean; least | | | | | {_summarise(shares)} | {_summarise(choices)} | {mean} |"
+
+
+def _summarise(ratios: list[float]) -> str:
+    return f"{statistics.geometric_mean(ratios):.2f}x; {min(ratios):.2f}x"
+
+
+def _pool(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Median seconds over both's rounds, forward and backward."""
+    directions = ("forward", "backward")
+    return sum(statistics.median(first[name]["rounds_s"] + second[name]["rounds_s"]) for name in directions)
+
+
+def make_hidden_table(result: dict[str, Any]) -> Iterator[str]:
+    """Rows of Markdown: what each direction takes with computing alone, with communication alone and as it is."""
+    yield "| network, mask, g, queries | plan | computing | communication | both | CPU for communication | hidden |"
+    yield "|---|---|---|---|---|---|---|"
+    for network in result["networks"]:
+        for cell in network["cells"]:
+            for name, hidden in cell.get("hidden", {}).items():
+                halves = [hidden[direction] for direction in ("forward", "backward")]
+                columns = [
+                    " + ".join(f"{half[key] * 1e3:.0f}" for half in halves)
+                    for key in ("compute_s", "communication_s", "both_s", "communication_cpu_s")
+                ]
+                share = "-" if hidden["hidden"] is None else f"{hidden['hidden']:.0%}"
+                label = name if name == hidden["plan"] else f"`{name}` ({hidden['plan']})"
+                where = f"{_describe(network)}, {_describe_cell(cell['cell'])}"
+                yield f"| {where} | {label} | {' | '.join(columns)} | {share} |"
 
 
 def draw(result: dict[str, Any]) -> str:

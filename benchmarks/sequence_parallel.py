@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hidden_communication import describe_hidden
 from benchmarks.machine import REPOSITORY, describe_commit, describe_machine, describe_versions
 from benchmarks.networks import TOPOLOGIES, Network, make_network
 from parallel.plans import PLANS
@@ -48,6 +49,8 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines", nargs="+", default=["auto", *PLANS, *PEER_NAMES])
+    parser.add_argument("--least-s", type=float, default=0.0, help="a cell over sooner gets more rounds, up to 5 times")
+    parser.add_argument("--hidden", nargs="*", default=["token_ring", "auto"], help="whose hidden communication counts")
     parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     if arguments.save and arguments.rounds < 5:
@@ -91,6 +94,8 @@ def run_network(arguments: argparse.Namespace, topology: str, mbit: float) -> di
         "cells": cells,
         "engines": arguments.engines,
         "rounds": arguments.rounds,
+        "least_s": arguments.least_s,
+        "hidden": arguments.hidden,
     }
     with make_network(arguments.world_size, topology, mbit) as network, tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "specification.json"
@@ -157,7 +162,8 @@ def join_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 }
         engine["seconds"] = engine["forward"]["seconds"] + engine["backward"]["seconds"]
         engines[name] = engine
-    return {"cell": ranks[0]["cell"], "skipped": ranks[0]["skipped"], "engines": engines}
+    hidden = {name: describe_hidden([rank["hidden"][name] for rank in ranks]) for name in ranks[0]["hidden"]}
+    return {"cell": ranks[0]["cell"], "skipped": ranks[0]["skipped"], "engines": engines, "hidden": hidden}
 
 
 def _peer_versions() -> dict[str, str | None]:
@@ -190,6 +196,8 @@ def _log(topology: str, mbit: float, cell: dict[str, Any]) -> None:
             f"  ({engine['plan']})" if name == "auto" else "",
             "" if engine["correct"] else f"  WRONG: error {engine['error']:.1e}",
         )
+    for name, hidden in cell["hidden"].items():
+        logger.info("  %-24s hides %s of what it could hide (%s)", name, hidden["hidden"], hidden["plan"])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     at the start of step s:  post together  moves of s, returns of s - 1
                              compute        works of s, waiting for what arrived in earlier steps
-                             fold in        returns of s - 2
-    at the end:              returns of the last step are folded in, sends are waited for
+                             fold in        returns of s - 2, as long as there are moves to come
+    at the end:              returns that are left are folded in, sends are waited for
 
 A real group drives one generator and blocks where it yields; virtual ranks are several generators that one process
 advances in turn. Results are added up in the plan's order, so they do not depend on who was faster.
@@ -78,7 +78,7 @@ class Exchange:
                 q = yield from self._get("q", work.q_owner, work.heads)
                 kv = yield from self._get("kv", work.kv_owner, work.heads)
                 self.compute(work, q, kv)
-            yield from self._fold(before=step - 1)
+            yield from self._fold(before=self.plan.folded_after(step, backward=self.backward))
             self._drop(step)
         yield from self._fold(before=self.plan.num_steps)
         yield from self._sent

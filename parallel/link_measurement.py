@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from parallel.carrier import Carrier, Message, open_carrier
 from parallel.links import LinkModel
-from parallel.tile_attention import Block, choose_kernel
+from parallel.mask import Tile
+from parallel.tile_attention import attend_tile_, choose_kernel
 
 ROUND_S = 0.25  # how long a transfer must take to be measured by
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 28
@@ -22,6 +23,7 @@ NUM_PINGS = 20
 NUM_ROUNDS = 3
 TIMEOUT_S = 300.0
 ATTENTION_SHAPE = (1, 1024, 8, 64)  # [batch, seq, heads, head_dim]
+SMALL_LENGTH = 8  # of a tile that takes hardly longer than an empty one would
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
     latencies = _gather(carrier, [_median(shift.seconds(1) for _ in range(NUM_PINGS)) for shift in shifts])
     smallest = _gather(carrier, [_median(_send_to_all(carrier, place, 1) for _ in range(NUM_PINGS))])
     together = _gather(carrier, [_median(_send_to_all(carrier, place, num_bytes) for _ in range(NUM_ROUNDS))])
-    attention = _gather(carrier, [_measure_attention(carrier, place)])
+    attention = _gather(
+        carrier, [_measure_attention(carrier, place, length) for length in (ATTENTION_SHAPE[1], SMALL_LENGTH)]
+    )
     ratio = _median(sum(alone) / whole for alone, (whole,) in zip(seconds, together, strict=True))
     within, between = (_median(values) if values else 0.0 for values in _split(seconds, node_of))
     latency_within, latency_between = (_median(values) if values else 0.0 for values in _split(latencies, node_of))
@@ -83,7 +87,8 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
         / max(1, 2 * (len(shifts) - 1)),  # both ways, beyond the first pair
         node_bytes_per_s=num_bytes / between if within and between else 0.0,
         node_latency_s=latency_between if latency_within else 0.0,
-        flops_per_s=_attention_flops() / _median(own for (own,) in attention),
+        tile_s=_median(small for _, small in attention),
+        flops_per_s=_attention_flops() / _median(large for large, _ in attention),
     )
     size = carrier.world_size
     matrix = tuple(
@@ -136,15 +141,17 @@ def _choose_size(carrier: Carrier, device: torch.device) -> int:
     return num_bytes
 
 
-def _measure_attention(carrier: Carrier, device: torch.device) -> float:
-    """Seconds of unmasked attention while all ranks are at it: they may share cores."""
+def _measure_attention(carrier: Carrier, device: torch.device, length: int) -> float:
+    """Seconds of an unmasked tile while all ranks are at it: they may share cores."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    _, length, _, head_dim = ATTENTION_SHAPE
+    batch_size, _, num_heads, head_dim = ATTENTION_SHAPE
     kernel = choose_kernel(device, dtype, head_dim)
-    q, k, v = (torch.randn(ATTENTION_SHAPE, device=device, dtype=dtype) for _ in range(3))
+    q, k, v = (torch.randn(batch_size, length, num_heads, head_dim, device=device, dtype=dtype) for _ in range(3))
+    out, lse = q.new_zeros(q.shape, dtype=torch.float32), q.new_zeros(q.shape[:3], dtype=torch.float32)
+    tile = Tile(0, length, 0, length)
 
     def attend() -> None:
-        kernel.forward(q, k, v, Block(0, length, 0, length), head_dim**-0.5)
+        attend_tile_(kernel, tile, q, k, v, out, lse, head_dim**-0.5)
         _synchronize(device)
 
     attend()  # warms up

@@ -20,9 +20,12 @@ class LinkModel:
     topology: str = option("switch", "whether a rank's links share a port", choices=TOPOLOGIES)
     bytes_per_s: float = option(50e9, "bytes a second of a port or a link, within a node", above=0)
     latency_s: float = option(20e-6, "seconds until a message's first byte arrives", minimum=0)
-    message_s: float = option(0.0, "seconds that any message keeps each of its ends busy", minimum=0)
+    message_s: float = option(0.0, "seconds that any message, however small, takes each of its ends", minimum=0)
     node_bytes_per_s: float = option(0.0, "bytes a second between nodes; 0: as within one", minimum=0)
     node_latency_s: float = option(0.0, "latency between nodes; 0: as within one", minimum=0)
+    tile_s: float = option(
+        0.0, "seconds of any tile's forward, however small; its backward takes 2.5 times as long", minimum=0
+    )
     flops_per_s: float = option(400e12, "floating-point operations of attention a second, of one rank", above=0)
 
     def __post_init__(self) -> None:

@@ -214,6 +214,12 @@ class Plan:
         """The moves of one direction of the computation."""
         return self._moves_by_direction[backward]
 
+    def folded_after(self, step: int, *, backward: bool) -> int:
+        """Returns of steps below this are waited for at the end of ``step``: while there are moves to come, so that
+        returns do not pile up; after the last move waiting would only hold up the next returns."""
+        moves = self.moves_in(backward=backward)
+        return max(0, step - 1) if moves and step < moves[-1].step else 0
+
     def moves_of(self, rank: int, *, backward: bool) -> list[Move]:
         """What ``rank`` sends or receives."""
         return self._moves_by_rank[backward][rank]

@@ -1,9 +1,10 @@
 """How long a plan takes under a link model: the executor's schedule, played through without computing anything.
 
-A rank posts a step's messages when it reaches the step; a message starts when both ends have posted it, what it carries
-is there and the way is free; work starts when its rank is free and its rows are there. At a switch a message takes its
-turn at the sender's port and then at the receiver's, so that a busy receiver does not hold up the sender's next one.
-However small it is, it keeps both ends from their next message for a moment.
+A rank posts a step's messages when it has done the step before and holds what it passes on; a message starts when both
+ends have posted it and the way is free; work starts when its rank is free and its rows are there. At a switch a message
+takes its turn at the sender's port and then at the receiver's, so that a busy receiver does not hold up the sender's
+next one. A message, however small, keeps its sender from the next one for a moment and takes its receiver as long to
+notice; a tile, however small, keeps its rank from the next.
 """
 
 from collections import defaultdict
@@ -56,31 +57,42 @@ class _Player:
         self.prediction = Prediction(plan)
         self.free_at = [0.0] * plan.problem.world_size  # when a rank has computed all it was given so far
         self.link_free_at: dict[tuple[int, int], float] = defaultdict(float)
-        self.ends_free_at = [0.0] * plan.problem.world_size  # for the next message
+        self.sender_free_at = [0.0] * plan.problem.world_size  # to post the next message
         self.arrived_at: dict[tuple[int, str, int, Heads], float] = {}
-        self.home_at = [0.0] * plan.problem.world_size
+        self.home_at: dict[tuple[int, int], float] = defaultdict(float)  # owner and step of a return
         self.moves, self.works = by_step(plan.moves_in(backward=backward)), by_step(plan.works)
         self.returns = by_step(plan.returns(backward=backward))
 
     def play(self) -> Prediction:
         busy = [0.0] * len(self.free_at)
         for step in range(self.plan.num_steps + 1):
+            self._wait_for_what_moves_on(step)
             reached_at = list(self.free_at)
-            for move in self.moves[step]:
-                key = (move.source, move.kind, move.owner, move.heads)
-                ready = max(reached_at[move.source], reached_at[move.destination], self.arrived_at.get(key, 0.0))
+            for move in sorted(self.moves[step], key=lambda move: self._distance(move.source, move.destination)):
+                ready = max(reached_at[move.source], reached_at[move.destination])
                 stop = self._send(move, move.source, move.destination, ready)
                 self.arrived_at[move.destination, move.kind, move.owner, move.heads] = stop
-            for back in self.returns[step - 1]:
+            for back in sorted(self.returns[step - 1], key=lambda back: self._distance(back.source, back.owner)):
                 ready = max(reached_at[back.source], reached_at[back.owner])
                 stop = self._send(back, back.source, back.owner, ready)
-                self.home_at[back.owner] = max(self.home_at[back.owner], stop)
+                self.home_at[back.owner, back.step] = max(self.home_at[back.owner, back.step], stop)
             for work in self.works[step]:
                 busy[work.rank] += self._compute(work)
+            folded = self.plan.folded_after(step, backward=self.backward) - 1  # those before it were waited for before
+            self.free_at = [max(free, self.home_at[rank, folded]) for rank, free in enumerate(self.free_at)]
         prediction = self.prediction
-        prediction.seconds = max((*self.free_at, *self.home_at), default=0.0)
+        prediction.seconds = max((*self.free_at, *self.home_at.values()), default=0.0)
         prediction.compute_s = max(busy, default=0.0)
         return prediction
+
+    def _distance(self, source: int, destination: int) -> int:
+        """What is posted together shares a port: as if all sent to their next first, which keeps every port busy."""
+        return (destination - source) % self.plan.problem.world_size
+
+    def _wait_for_what_moves_on(self, step: int) -> None:
+        for move in self.moves[step]:
+            arrived = self.arrived_at.get((move.source, move.kind, move.owner, move.heads), 0.0)
+            self.free_at[move.source] = max(self.free_at[move.source], arrived)
 
     def _send(self, item: Move | Return, source: int, destination: int, ready: float) -> float:
         plan, links = self.plan, self.links
@@ -92,12 +104,13 @@ class _Player:
             kind, num_bytes = f"{item.kind} return", plan.return_bytes(item, backward=self.backward)
         seconds = links.seconds(num_bytes, between_nodes=between_nodes)
         out = (source, destination) if links.topology == "mesh" else (source, -1)
-        start = max(ready, self.link_free_at[out], self.ends_free_at[source], self.ends_free_at[destination])
-        self.ends_free_at[source] = self.ends_free_at[destination] = start + links.message_s
+        posted = max(ready, self.sender_free_at[source])
+        self.sender_free_at[source] = posted + links.message_s
+        start = max(posted, self.link_free_at[out])
         end = self.link_free_at[out] = start + seconds
         if links.topology == "switch":
             end = self.link_free_at[-1, destination] = max(end, self.link_free_at[-1, destination] + seconds)
-        stop = end + links.latency(between_nodes=between_nodes)
+        stop = end + links.latency(between_nodes=between_nodes) + links.message_s
         self.prediction.events.append(Event(kind, source, destination, item.owner, item.step, start, stop, num_bytes))
         self.prediction.num_bytes += num_bytes
         return stop
@@ -113,6 +126,7 @@ class _Player:
         entries = sum(tile.area for tile in work.tiles) * (work.heads[1] - work.heads[0]) * problem.batch_size
         products = BACKWARD_PRODUCTS if self.backward else FORWARD_PRODUCTS
         seconds = entries * products * 2 * problem.head_dim / self.links.flops_per_s
+        seconds += len(work.tiles) * self.links.tile_s * products / FORWARD_PRODUCTS
         self.free_at[work.rank] = start + seconds
         event = Event("compute", work.rank, work.rank, work.q_owner, work.step, start, start + seconds)
         self.prediction.events.append(event)

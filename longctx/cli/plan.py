@@ -152,4 +152,5 @@ def _describe_links(links: LinkModel) -> str:
     if links.node_bytes_per_s or links.node_latency_s:
         words += f"; between nodes {(links.node_bytes_per_s or links.bytes_per_s) / 1e9:.4g} GB/s, "
         words += f"{(links.node_latency_s or links.latency_s) * 1e6:.4g} us"
-    return words + f"; attention at {links.flops_per_s / 1e12:.4g} TFLOP/s a rank"
+    words += f"; attention at {links.flops_per_s / 1e12:.4g} TFLOP/s a rank"
+    return words + (f", {links.tile_s * 1e6:.4g} us a tile" if links.tile_s else "")

@@ -25,12 +25,14 @@ def test_planned_bytes_are_what_the_interfaces_count(tmp_path, topology):
         {"mask": "causal", "num_tokens": 2048, "num_q": 256} | heads,
     ]
     path = tmp_path / "specification.json"
-    path.write_text(json.dumps({"world_size": 3, "cells": cells, "engines": PLANS, "rounds": 3}))
+    settings = {"engines": PLANS, "rounds": 3, "least_s": 0.0, "hidden": ["token_ring"]}
+    path.write_text(json.dumps({"world_size": 3, "cells": cells} | settings))
     with make_network(3, topology, 800) as network:
         ranks = run_ranks(network, path)
     for index in range(len(cells)):
         cell = join_ranks([rank["cells"][index] for rank in ranks])
         assert set(cell["engines"]) == set(PLANS)
+        assert cell["hidden"]["token_ring"]["forward"]["both_s"] > 0
         for engine in cell["engines"].values():
             assert engine["correct"], engine
             for direction in ("forward", "backward"):

@@ -20,7 +20,7 @@ def test_every_rank_gets_the_same_model():
     assert first.node_of == ("here", "here")
     assert (first.num_nodes, first.links.topology) == (1, "switch")
     assert first.links.node_bytes_per_s == 0
-    for name in ("bytes_per_s", "latency_s", "flops_per_s"):
+    for name in ("bytes_per_s", "latency_s", "flops_per_s", "tile_s"):
         assert getattr(first.links, name) > 0
     assert [rate > 0 for row in first.bytes_per_s for rate in row] == [False, True, True, False]
 
@@ -41,6 +41,10 @@ class Network(Carrier):
         return [list(numbers)] * self.world_size
 
 
+def attend_in_no_time(carrier: Carrier, device: torch.device, length: int) -> float:
+    return 0.5 if length == 1024 else 1e-4
+
+
 @pytest.mark.parametrize(("is_mesh", "topology"), [(False, "switch"), (True, "mesh")])
 def test_topology_and_nodes(monkeypatch, is_mesh, topology):
     """Ranks 0 and 1 on one node: as rank 0 sees it, only rank 1 is near."""
@@ -48,11 +52,12 @@ def test_topology_and_nodes(monkeypatch, is_mesh, topology):
     network = Network(4, is_mesh=is_mesh, rates=[8e6, 8e6, 8e6], now=now)
     monkeypatch.setattr(link_measurement, "open_carrier", lambda group, device: network)
     monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(link_measurement, "_measure_attention", lambda carrier, device: 0.5)
+    monkeypatch.setattr(link_measurement, "_measure_attention", attend_in_no_time)
     measured = measure_links(None, node="a", device=torch.device("cpu"))
     assert measured.links.topology == topology
     assert measured.links.bytes_per_s == pytest.approx(8e6, rel=0.01)
     assert measured.links.flops_per_s == pytest.approx(4 * 1024 * 1024 * 8 * 64 / 0.5)
+    assert measured.links.tile_s == pytest.approx(1e-4)
 
 
 def test_messages_cost_what_they_add(monkeypatch):
@@ -68,7 +73,7 @@ def test_messages_cost_what_they_add(monkeypatch):
     monkeypatch.setattr(link_measurement, "open_carrier", lambda group, device: network)
     monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(link_measurement, "MOST_BYTES", 1 << 17)
-    monkeypatch.setattr(link_measurement, "_measure_attention", lambda carrier, device: 0.5)
+    monkeypatch.setattr(link_measurement, "_measure_attention", attend_in_no_time)
     links = measure_links(None, node="a").links
     assert links.latency_s == pytest.approx(0.008)
     assert links.message_s == pytest.approx(0.001)
