@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.rank_clock import Stopwatch
 from parallel.carrier import Carrier, GroupCarrier, Message, Transfer, drive
-from parallel.exchange import Backward, Forward
 from parallel.plan import Plan
 from parallel.tile_attention import Block, TileKernel, choose_kernel
+from parallel.tile_exchange import Backward, Forward
 
 MODES = ("both", "compute", "communication", "executor")
 DIRECTIONS = ("forward", "backward")

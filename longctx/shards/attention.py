@@ -28,7 +28,6 @@ class ShardBatch(PackedBatch):
     """A batch of this rank's tokens."""
 
     plans: StepPlans | None = None
-    key_slots_L: torch.Tensor | None = None  # int64, slots of this rank's keys, by sequence and position
 
 
 class ShardedAttention(AttentionBackend):
@@ -63,12 +62,12 @@ class ShardedAttention(AttentionBackend):
 
         Raises ``ExchangeError`` if a rank is lost.
         """
-        assert isinstance(batch, ShardBatch) and batch.plans is not None and batch.key_slots_L is not None
+        assert isinstance(batch, ShardBatch) and batch.plans is not None
         if batch.on_layer is not None:
             batch.on_layer(shape.layer_idx)
         plan = batch.plans.of(shape)
         if plan.sends_keys:
-            keys = read_rows(batch.pool, shape.layer_idx, batch.key_slots_L)
+            keys = read_rows(batch.pool, shape.layer_idx, batch.plans.key_slots_L)
         else:
             keys = (q_THD.new_empty((0, shape.num_kv_heads, shape.head_dim)),) * 2
         if self._scratch is None:

@@ -61,11 +61,7 @@ class StepLayout:
     @cached_property
     def num_keys(self) -> Int64Array:
         """Keys of each rank ``[world_size]`` of each sequence: ``[num_segments, world_size]``."""
-        counts = np.zeros((len(self.segments), self.world_size), dtype=np.int64)
-        for index, (segment, owners) in enumerate(zip(self.segments, self._owners, strict=True)):
-            counts[index] = np.bincount(owners, minlength=self.world_size) * self.page_size
-            counts[index, owners[-1]] -= len(owners) * self.page_size - segment.stop
-        return counts
+        return self._count([0] * len(self.segments))
 
     @cached_property
     def first_keys(self) -> Int64Array:
@@ -75,11 +71,8 @@ class StepLayout:
     @cached_property
     def first_queries(self) -> Int64Array:
         """Row of each sequence's first token among a rank's tokens, ``[num_segments + 1, world_size]``."""
-        first = np.zeros((len(self.segments) + 1, self.world_size), dtype=np.int64)
-        for index in range(len(self.segments)):
-            for rank in range(self.world_size):
-                first[index + 1, rank] = sum(len(span) for span in self._spans(index, rank, self.segments[index].start))
-        return first.cumsum(0)
+        counts = self._count([segment.start for segment in self.segments])
+        return np.concatenate((np.zeros((1, self.world_size), dtype=np.int64), counts.cumsum(0)))
 
     @cached_property
     def q_layout(self) -> Layout:
@@ -90,6 +83,16 @@ class StepLayout:
     def kv_layout(self) -> Layout:
         """Each rank's keys, over the global sequence."""
         return self._layout([0] * len(self.segments))
+
+    def _count(self, starts: Sequence[int]) -> Int64Array:
+        """Tokens of each sequence from a position on at each rank: ``[num_segments, world_size]``."""
+        counts, size = np.zeros((len(self.segments), self.world_size), dtype=np.int64), self.page_size
+        for row, start, segment, owners in zip(counts, starts, self.segments, self._owners, strict=True):
+            first = start // size
+            row += np.bincount(owners[first:], minlength=self.world_size) * size
+            row[owners[first]] -= start - first * size
+            row[owners[-1]] -= len(owners) * size - segment.stop
+        return counts
 
     def _layout(self, starts: Sequence[int]) -> Layout:
         return tuple(

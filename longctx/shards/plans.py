@@ -6,7 +6,7 @@ kept from step to step. Otherwise it is planned for the step's own tiles.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -67,6 +67,11 @@ class StepPlans:
         self.layout, self.rank = layout, rank
         self._element_size, self._device, self._choice = dtype.itemsize, device, choice
         self._by_window: dict[int | None, RankPlan] = {}
+
+    @cached_property
+    def key_slots_L(self) -> torch.Tensor:
+        """Slots of this rank's keys, int64, by sequence and position; made only where keys travel."""
+        return torch.from_numpy(self.layout.key_slots(self.rank)).to(self._device)
 
     def of(self, shape: AttentionShape) -> RankPlan:
         """The plan for a layer."""

@@ -108,7 +108,6 @@ class ShardRank:
             rope_lens_T=self._tensor(lens) if self.decoder.rotary.depends_on_length else None,
             on_layer=on_layer,
             plans=StepPlans(layout, rank, dtype=self.decoder.dtype, device=self.decoder.device, choice=self._choice),
-            key_slots_L=self._tensor([layout.key_slots(rank)]),
         )
 
     def _tensor(self, parts: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int64) -> torch.Tensor:
