@@ -5,12 +5,12 @@ import torch
 
 from benchmarks.hidden_communication import DIRECTIONS, MODES, InstantCarrier, InstantKernel, describe_hidden
 from parallel.carrier import drive
-from parallel.exchange import Backward, Forward
 from parallel.links import LinkModel
 from parallel.mask import Mask
 from parallel.plan import make_problem
 from parallel.planner import make_plan
 from parallel.plans import PLANS
+from parallel.tile_exchange import Backward, Forward
 
 
 @pytest.mark.parametrize(("both", "hidden"), [(1.1, 1.0), (1.5, 0.0), (1.3, 0.5), (0.9, 1.0), (1.7, 0.0)], ids=str)
