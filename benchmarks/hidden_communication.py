@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.rank_clock import Stopwatch
-from parallel.carrier import Carrier, GroupCarrier, Message, Transfer, drive
+from parallel.carrier import Carrier, Message, Transfer, drive, open_carrier
 from parallel.plan import Plan
 from parallel.tile_attention import Block, TileKernel, choose_kernel
 from parallel.tile_exchange import Backward, Forward
@@ -88,9 +88,12 @@ class HiddenCommunication:
     def __init__(self, plan: Plan, tensors: Sequence[torch.Tensor], timeout_s: float) -> None:
         self.plan, self._timeout_s = plan, timeout_s
         self._q, self._k, self._v, self._dout = (tensor.detach() for tensor in tensors)
-        self._carrier = GroupCarrier()
+        self._carrier = open_carrier(None, self._q.device)
         self._instant_carrier = InstantCarrier(self._carrier.rank, self._carrier.world_size)
-        self._kernel, self._instant_kernel = choose_kernel(self._q.device), InstantKernel()
+        self._kernel, self._instant_kernel = (
+            choose_kernel(self._q.device, self._q.dtype, self._q.shape[3]),
+            InstantKernel(),
+        )
         self.record: dict[str, Any] = {"plan": plan.name} | {
             direction: {f"{mode}_{what}": [] for mode, what in product(MODES, ("s", "cpu_s"))}
             for direction in DIRECTIONS
