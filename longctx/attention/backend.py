@@ -30,6 +30,7 @@ class AttentionBackend(ABC):
     name: str
     kv_order: str  # one of memory.layout.ORDERS
     page_sizes: tuple[int, ...]  # allowed, preferred first; empty: any
+    max_group: int | None = None  # query heads per KV head at most; None: any number
     graph_capturable = False  # whether decode runs without reading a tensor's values on the host
 
     @classmethod

@@ -15,7 +15,7 @@ from memory.page_rows import write_rows
 from memory.pages import DTYPES, PagePool
 
 MAX_HEAD_DIM = 256
-MAX_GROUP = 96  # query heads per KV head
+MAX_GROUP = 96  # query heads per KV head: TILE_ROWS of attention.c
 LANES = 16
 
 
@@ -41,6 +41,7 @@ class NativeAttention(AttentionBackend):
     """CPU, float32 and bfloat16, head sizes that are multiples of 16 up to 256."""
 
     name = "native"
+    max_group = MAX_GROUP
     kv_order = "paired"
     page_sizes = (64, 32, 16, 48, 80, 96, 112, 128, 256)
 

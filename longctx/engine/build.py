@@ -210,7 +210,8 @@ def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtyp
 
 def _choose_attention(name: str, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     try:
-        return choose_attention(name, device, dtype, spec.head_dim)
+        group_size = spec.num_heads // spec.num_kv_heads
+        return choose_attention(name, device, dtype, spec.head_dim, group_size=group_size)
     except ValueError as error:
         raise ConfigError(f"model.attention={name!r} is not allowed: {error}") from error
 

@@ -181,7 +181,8 @@ def make_local_runner(
     """A runner for this process alone; on a GPU, decode steps are captured as graphs where that is possible."""
     depends_on_length = decoder.rotary.depends_on_length
     runner = ModelRunner(decoder, pool, rows=rows, device=decoder.device, needs_rope_lens=depends_on_length)
-    if config.cuda_graphs and decoder.device.type == "cuda" and not depends_on_length:
+    can_capture = decoder.device.type == "cuda" and decoder.backend.graph_capturable and not depends_on_length
+    if config.cuda_graphs and can_capture:
         from longctx.engine.cuda_graphs import capture_decode_graphs
 
         capture_decode_graphs(runner, max_sequences=config.max_sequences, max_kv_len=max_context)

@@ -39,8 +39,6 @@ class ShardedAttention(AttentionBackend):
         timeout_s: longest wait for one of them.
     """
 
-    graph_capturable = False
-
     def __init__(self, local: AttentionBackend, carrier: Carrier, *, timeout_s: float) -> None:
         self.name, self.kv_order, self.page_sizes = local.name, local.kv_order, local.page_sizes
         self.local = local
@@ -72,8 +70,10 @@ class ShardedAttention(AttentionBackend):
             keys = (q_THD.new_empty((0, shape.num_kv_heads, shape.head_dim)),) * 2
         if self._scratch is None:
             self._scratch = _Scratch(batch.pool)
-        run = _PagedForward(plan, self._carrier, q_THD, keys, local=self.local, shape=shape, pool=batch.pool)
-        run.scratch = self._scratch
+        scratch = self._scratch
+        run = _PagedForward(
+            plan, self._carrier, q_THD, keys, local=self.local, shape=shape, pool=batch.pool, scratch=scratch
+        )
         drive(run.run(), self._carrier.rank, self._timeout_s)
         return run.out[0].to(q_THD.dtype).flatten(1)
 
@@ -96,8 +96,6 @@ class ShardedAttention(AttentionBackend):
 
 
 class _PagedForward(ForwardExchange):
-    scratch: "_Scratch"
-
     def __init__(
         self,
         plan: RankPlan,
@@ -108,8 +106,10 @@ class _PagedForward(ForwardExchange):
         local: AttentionBackend,
         shape: AttentionShape,
         pool: PagePool,
+        scratch: "_Scratch",
     ) -> None:
         self._ranges, self._local, self._shape, self._pool = plan.works, local, shape, pool
+        self._scratch = scratch
         own = {"q": (q_THD[None],), "kv": tuple(part[None] for part in keys)}
         super().__init__(plan.plan, carrier.rank, carrier, own)
 
@@ -120,9 +120,9 @@ class _PagedForward(ForwardExchange):
         ranges, pool, layer_idx = work_ranges.ranges, self._pool, self._shape.layer_idx
         first_kv_head = self.plan.problem.kv_heads(work.heads)[0]
         if work.kv_owner != self.rank:
-            pages = self.scratch.write(("kv", work.kv_owner, work.heads), kv)
+            pages = self._scratch.write(("kv", work.kv_owner, work.heads), kv)
             ranges = replace(ranges, block_tables_BP=pages.expand(len(ranges.block_tables_BP), -1))
-            pool, layer_idx, first_kv_head = self.scratch.pool, 0, 0
+            pool, layer_idx, first_kv_head = self._scratch.pool, 0, 0
         for hs, ks in split_heads(work.heads, self.plan.problem.group_size):
             shape = replace(
                 self._shape,
@@ -136,7 +136,7 @@ class _PagedForward(ForwardExchange):
             self._add(sums, work_ranges.q_rows, hs, out_SHD, lse_SH)
 
     def dropped(self, key: Key) -> None:
-        self.scratch.free(key)
+        self._scratch.free(key)
 
     @staticmethod
     def _add(sums: Held, q_rows: Sequence[tuple[int, int]], hs: slice, out: torch.Tensor, lse: torch.Tensor) -> None:

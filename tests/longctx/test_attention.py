@@ -10,7 +10,7 @@ import torch
 
 from longctx.attention.backend import HeadNorm
 from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
-from longctx.attention.registry import ATTENTION
+from longctx.attention.registry import ATTENTION, choose_attention
 from memory.layout import KVLayout
 from memory.page_rows import write_rows
 from memory.pages import PagePool
@@ -351,3 +351,11 @@ def test_native_elementwise_steps_equal_torch(dtype, rows):
 )
 def test_native_says_why_it_cannot_run(device, dtype, dim, reason):
     assert reason in ATTENTION.get("native").unsupported(torch.device(device), dtype, dim)
+
+
+def test_too_many_query_heads_per_kv_head_are_not_for_the_native_kernels():
+    make_backend("native", torch.float32, 16)
+    assert choose_attention("auto", CPU, torch.float32, 16, group_size=96).name == "native"
+    assert choose_attention("auto", CPU, torch.float32, 16, group_size=97).name == "torch"
+    with pytest.raises(ValueError, match="97 query heads share a KV head; it takes at most 96"):
+        choose_attention("native", CPU, torch.float32, 16, group_size=97)
