@@ -51,7 +51,8 @@ def describe(measurement: "Measurement") -> str:
     if links.node_bytes_per_s:
         lines.append(f"between nodes {links.node_bytes_per_s / 1e6:.1f} MB/s, {links.node_latency_s * 1e6:.0f} us")
     lines.append(
-        f"attention at {links.flops_per_s / 1e9:.1f} GFLOP/s a rank, {links.tile_s * 1e6:.0f} us a tile, all at it"
+        f"attention at {links.flops_per_s / 1e9:.1f} GFLOP/s a rank, {links.tile_s * 1e6:.0f} us a tile, all at it; "
+        f"{links.host_byte_s * 1e9:.2f} s less for every GB sent or received"
     )
     if measurement.num_nodes == 1 < len(set(measurement.node_of)):
         lines.append("the nodes hold unequal numbers of ranks: plans that need num_nodes cannot use them")

@@ -5,7 +5,7 @@ Collective, and meant for a quiet group: what else runs on the links or the core
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,13 @@ from parallel.tile_attention import attend_tile_, choose_kernel
 ROUND_S = 0.25  # how long a transfer must take to be measured by
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 28
 ATTENTION_S = 1.0
+WITH_ATTENTION = 2.0  # how long ranks attend beside an exchange, over what it takes alone
 NUM_PINGS = 20
 NUM_ROUNDS = 3
 TIMEOUT_S = 300.0
 ATTENTION_SHAPE = (1, 1024, 8, 64)  # [batch, seq, heads, head_dim]
 SMALL_LENGTH = 8  # of a tile that takes hardly longer than an empty one would
+MIDDLE_LENGTH = 256  # of a tile that is soon done beside messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +75,30 @@ def measure_links(group: dist.ProcessGroup | None, *, node: str, device: torch.d
     latencies = _gather(carrier, [_median(shift.seconds(1) for _ in range(NUM_PINGS)) for shift in shifts])
     smallest = _gather(carrier, [_median(_send_to_all(carrier, place, 1) for _ in range(NUM_PINGS))])
     together = _gather(carrier, [_median(_send_to_all(carrier, place, num_bytes) for _ in range(NUM_ROUNDS))])
+    slowest_s = max(whole for (whole,) in together)
     attention = _gather(
         carrier, [_measure_attention(carrier, place, length) for length in (ATTENTION_SHAPE[1], SMALL_LENGTH)]
     )
+    handling_s = _median(
+        own
+        for _ in range(NUM_ROUNDS)
+        for (own,) in _gather(carrier, [_measure_handling(carrier, place, num_bytes, slowest_s)])
+    )
     ratio = _median(sum(alone) / whole for alone, (whole,) in zip(seconds, together, strict=True))
+    is_mesh = _median(
+        _is_nearer_to_mesh(alone, whole, handling_s) for alone, (whole,) in zip(seconds, together, strict=True)
+    )
     within, between = (_median(values) if values else 0.0 for values in _split(seconds, node_of))
     latency_within, latency_between = (_median(values) if values else 0.0 for values in _split(latencies, node_of))
     links = LinkModel(
-        topology="mesh" if carrier.world_size > 2 and ratio > carrier.world_size / 2 else "switch",
+        topology="mesh" if carrier.world_size > 2 and is_mesh > 0.5 else "switch",
         bytes_per_s=num_bytes / (within or between),
         latency_s=latency_within or latency_between,
         message_s=max(0.0, _median(whole - max(alone) for alone, (whole,) in zip(latencies, smallest, strict=True)))
         / max(1, 2 * (len(shifts) - 1)),  # both ways, beyond the first pair
         node_bytes_per_s=num_bytes / between if within and between else 0.0,
         node_latency_s=latency_between if latency_within else 0.0,
+        host_byte_s=handling_s / (2 * len(shifts) * num_bytes),
         tile_s=_median(small for _, small in attention),
         flops_per_s=_attention_flops() / _median(large for large, _ in attention),
     )
@@ -117,13 +129,19 @@ def _send_to_all(carrier: Carrier, device: torch.device, num_bytes: int) -> floa
 
 
 def _exchange(
-    carrier: Carrier, device: torch.device, to: Sequence[int], sources: Sequence[int], num_bytes: int
+    carrier: Carrier,
+    device: torch.device,
+    to: Sequence[int],
+    sources: Sequence[int],
+    num_bytes: int,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> float:
     sends = [Message(torch.zeros(num_bytes, dtype=torch.uint8, device=device), peer, 0) for peer in to]
     receives = [Message(torch.empty(num_bytes, dtype=torch.uint8, device=device), peer, 0) for peer in sources]
     carrier.gather_numbers([0], TIMEOUT_S)
     begun = time.perf_counter()
     sent, received = carrier.post(sends, receives)
+    meanwhile()
     for transfer in (*received, *sent):
         transfer.wait(TIMEOUT_S)
         transfer.confirm(TIMEOUT_S)
@@ -141,8 +159,35 @@ def _choose_size(carrier: Carrier, device: torch.device) -> int:
     return num_bytes
 
 
-def _measure_attention(carrier: Carrier, device: torch.device, length: int) -> float:
-    """Seconds of an unmasked tile while all ranks are at it: they may share cores."""
+def _is_nearer_to_mesh(alone: Sequence[float], whole: float, handling_s: float) -> bool:
+    """Whether a rank that sends to all at once is as fast as links allow, or as a port that they share does.
+
+    Either way it is no faster than the rank's processor handles the bytes, which is what fast links are limited by.
+    """
+    mesh, switch = max(*alone, handling_s), max(sum(alone), handling_s)
+    return whole < (mesh * switch) ** 0.5
+
+
+def _measure_handling(carrier: Carrier, device: torch.device, num_bytes: int, slowest_s: float) -> float:
+    """Seconds of attention that sending to all and receiving from all cost a rank, while all ranks attend."""
+    attend = _make_attention(device, MIDDLE_LENGTH)
+    alone_s = _measure_attention(carrier, device, MIDDLE_LENGTH)
+    others = [rank for rank in range(carrier.world_size) if rank != carrier.rank]
+    count = 0
+
+    def attend_meanwhile() -> None:
+        nonlocal count
+        stop = time.perf_counter() + WITH_ATTENTION * slowest_s
+        while count == 0 or time.perf_counter() < stop:
+            attend()
+            count += 1
+
+    seconds = _exchange(carrier, device, others, others, num_bytes, attend_meanwhile)
+    return max(0.0, seconds - count * alone_s)
+
+
+def _make_attention(device: torch.device, length: int) -> Callable[[], None]:
+    """An unmasked tile's attention."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     batch_size, _, num_heads, head_dim = ATTENTION_SHAPE
     kernel = choose_kernel(device, dtype, head_dim)
@@ -155,6 +200,12 @@ def _measure_attention(carrier: Carrier, device: torch.device, length: int) -> f
         _synchronize(device)
 
     attend()  # warms up
+    return attend
+
+
+def _measure_attention(carrier: Carrier, device: torch.device, length: int) -> float:
+    """Seconds of an unmasked tile while all ranks are at it: they may share cores."""
+    attend = _make_attention(device, length)
     carrier.gather_numbers([0], TIMEOUT_S)
     begun, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - begun < ATTENTION_S:

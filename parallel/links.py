@@ -26,6 +26,9 @@ class LinkModel:
     tile_s: float = option(
         0.0, "seconds of any tile's forward, however small; its backward takes 2.5 times as long", minimum=0
     )
+    host_byte_s: float = option(
+        0.0, "seconds of computing that a byte costs each of its ends while they compute", minimum=0
+    )
     flops_per_s: float = option(400e12, "floating-point operations of attention a second, of one rank", above=0)
 
     def __post_init__(self) -> None:

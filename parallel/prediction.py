@@ -4,7 +4,8 @@ A rank posts a step's messages when it has done the step before and holds what i
 ends have posted it and the way is free; work starts when its rank is free and its rows are there. At a switch a message
 takes its turn at the sender's port and then at the receiver's, so that a busy receiver does not hold up the sender's
 next one. A message, however small, keeps its sender from the next one for a moment and takes its receiver as long to
-notice; a tile, however small, keeps its rank from the next.
+notice; a tile, however small, keeps its rank from the next. Bytes take processor time of both ends: they come no faster
+than their hosts handle them one after the other, and computing meanwhile gets what they leave of its rank's time.
 """
 
 from collections import defaultdict
@@ -60,6 +61,7 @@ class _Player:
         self.sender_free_at = [0.0] * plan.problem.world_size  # to post the next message
         self.arrived_at: dict[tuple[int, str, int, Heads], float] = {}
         self.home_at: dict[tuple[int, int], float] = defaultdict(float)  # owner and step of a return
+        self.hosts = [Host() for _ in self.free_at]
         self.moves, self.works = by_step(plan.moves_in(backward=backward)), by_step(plan.works)
         self.returns = by_step(plan.returns(backward=backward))
 
@@ -110,6 +112,11 @@ class _Player:
         end = self.link_free_at[out] = start + seconds
         if links.topology == "switch":
             end = self.link_free_at[-1, destination] = max(end, self.link_free_at[-1, destination] + seconds)
+        if handling := num_bytes * links.host_byte_s:
+            hosts = self.hosts[source], self.hosts[destination]
+            end = max(end, *(host.take(start, handling) for host in hosts))
+            for host in hosts:
+                host.handlings.append((start, end, handling))
         stop = end + links.latency(between_nodes=between_nodes) + links.message_s
         self.prediction.events.append(Event(kind, source, destination, item.owner, item.step, start, stop, num_bytes))
         self.prediction.num_bytes += num_bytes
@@ -127,7 +134,30 @@ class _Player:
         products = BACKWARD_PRODUCTS if self.backward else FORWARD_PRODUCTS
         seconds = entries * products * 2 * problem.head_dim / self.links.flops_per_s
         seconds += len(work.tiles) * self.links.tile_s * products / FORWARD_PRODUCTS
-        self.free_at[work.rank] = start + seconds
-        event = Event("compute", work.rank, work.rank, work.q_owner, work.step, start, start + seconds)
-        self.prediction.events.append(event)
+        stop = self.free_at[work.rank] = self.hosts[work.rank].compute(start, seconds)
+        self.prediction.events.append(Event("compute", work.rank, work.rank, work.q_owner, work.step, start, stop))
         return seconds
+
+
+class Host:
+    """A rank's processor, which handles bytes and computes; bytes come first."""
+
+    def __init__(self) -> None:
+        self.handlings: list[tuple[float, float, float]] = []  # of a message: start, stop, seconds of work between
+        self._free_at = 0.0  # when it has handled all bytes
+
+    def take(self, start: float, seconds: float) -> float:
+        """When it can have handled a message that starts then."""
+        self._free_at = max(start, self._free_at) + seconds
+        return self._free_at
+
+    def compute(self, start: float, seconds: float) -> float:
+        """When it has computed for so long beside the messages that are known."""
+        self.handlings = [each for each in self.handlings if each[1] > start]
+        for stop in sorted({edge for each in self.handlings for edge in each[:2] if edge > start}):
+            share = sum(work / (end - begin) for begin, end, work in self.handlings if begin <= start < end)
+            done = (stop - start) * max(0.0, 1.0 - share)
+            if done >= seconds:
+                return start + seconds / (1.0 - share)
+            start, seconds = stop, seconds - done
+        return start + seconds

@@ -153,4 +153,8 @@ def _describe_links(links: LinkModel) -> str:
         words += f"; between nodes {(links.node_bytes_per_s or links.bytes_per_s) / 1e9:.4g} GB/s, "
         words += f"{(links.node_latency_s or links.latency_s) * 1e6:.4g} us"
     words += f"; attention at {links.flops_per_s / 1e12:.4g} TFLOP/s a rank"
-    return words + (f", {links.tile_s * 1e6:.4g} us a tile" if links.tile_s else "")
+    if links.tile_s:
+        words += f", {links.tile_s * 1e6:.4g} us a tile"
+    return words + (
+        f", {links.host_byte_s * 1e9:.4g} s less for every GB sent or received" if links.host_byte_s else ""
+    )

@@ -53,6 +53,7 @@ def test_topology_and_nodes(monkeypatch, is_mesh, topology):
     monkeypatch.setattr(link_measurement, "open_carrier", lambda group, device: network)
     monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(link_measurement, "_measure_attention", attend_in_no_time)
+    monkeypatch.setattr(link_measurement, "_measure_handling", lambda carrier, device, num_bytes, slowest_s: 0.0)
     measured = measure_links(None, node="a", device=torch.device("cpu"))
     assert measured.links.topology == topology
     assert measured.links.bytes_per_s == pytest.approx(8e6, rel=0.01)
@@ -74,9 +75,33 @@ def test_messages_cost_what_they_add(monkeypatch):
     monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(link_measurement, "MOST_BYTES", 1 << 17)
     monkeypatch.setattr(link_measurement, "_measure_attention", attend_in_no_time)
+    monkeypatch.setattr(link_measurement, "_measure_handling", lambda carrier, device, num_bytes, slowest_s: 0.0)
     links = measure_links(None, node="a").links
     assert links.latency_s == pytest.approx(0.008)
     assert links.message_s == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(("is_mesh", "topology"), [(False, "switch"), (True, "mesh")])
+def test_links_that_hosts_cannot_keep_up_with(monkeypatch, is_mesh, topology):
+    """A byte keeps either end busy for a fifth of its time on a link: three links at once take 1.2 times as long."""
+    now = [0.0]
+
+    class Slow(Network):
+        def post(self, sends, receives):
+            begun, size = now[0], sends[0].buffer.numel()
+            super().post(sends, receives)
+            now[0] = max(now[0], begun + 2 * len(sends) * size / 8e6 / 5)
+            return [], []
+
+    network = Slow(4, is_mesh=is_mesh, rates=[8e6, 8e6, 8e6], now=now)
+    handling_s = lambda carrier, device, num_bytes, slowest_s: 6 * num_bytes / 8e6 / 5  # noqa: E731
+    monkeypatch.setattr(link_measurement, "open_carrier", lambda group, device: network)
+    monkeypatch.setattr(link_measurement.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(link_measurement, "_measure_attention", attend_in_no_time)
+    monkeypatch.setattr(link_measurement, "_measure_handling", handling_s)
+    links = measure_links(None, node="a").links
+    assert links.topology == topology
+    assert links.host_byte_s == pytest.approx(1 / 8e6 / 5)
 
 
 def test_nodes_count_only_in_order():

@@ -11,7 +11,7 @@ from parallel.mask import Mask
 from parallel.plan import PlanBuilder, Problem, make_problem
 from parallel.planner import make_plan, rank_plans
 from parallel.plans import PLANS
-from parallel.prediction import predict
+from parallel.prediction import Host, predict
 
 LINKS = LinkModel("switch", bytes_per_s=25e6, latency_s=1e-4, flops_per_s=50e9)
 MESH = LinkModel("mesh", bytes_per_s=25e6, latency_s=1e-4, flops_per_s=50e9)
@@ -83,6 +83,31 @@ def test_full_links_do_not_hold_up_the_others():
     on_a_link = max(plan.bytes_between().values()) / MESH.bytes_per_s
     played = predict(plan, MESH)
     assert on_a_link < played.seconds < 1.05 * (on_a_link + played.compute_s)
+
+
+def test_bytes_that_cost_computing_count():
+    """Links that hosts cannot keep up with: nothing is hidden, and fewer bytes beat more overlap."""
+    slow = dataclasses.replace(MESH, host_byte_s=1 / MESH.bytes_per_s)
+    problem = full_problem(1)
+    for name in PLANS:
+        plan = make_plan(name, problem, MESH)
+        assert predict(plan, MESH).seconds < predict(plan, slow).seconds
+        handled = [0] * 4
+        for (source, destination), num_bytes in plan.bytes_between().items():
+            handled[source] += num_bytes
+            handled[destination] += num_bytes
+        assert predict(plan, slow).seconds >= max(handled) * slow.host_byte_s
+    direct = make_plan("kv_direct", problem, MESH)
+    played = predict(direct, slow)
+    handling_s = sum(direct.bytes_between().values()) / 2 * slow.host_byte_s  # each byte has two of four hosts
+    assert played.seconds == pytest.approx(handling_s + played.compute_s, rel=0.05)
+
+
+def test_computing_gets_what_messages_leave():
+    host = Host()
+    host.handlings = [(0.0, 2.0, 1.0), (1.0, 3.0, 1.0)]  # half of it from 0 to 1, all from 1 to 2, half from 2 to 3
+    assert [host.compute(0.0, seconds) for seconds in (0.25, 0.5, 0.75, 1.0, 2.0)] == [0.5, 1.0, 2.5, 3.0, 4.0]
+    assert host.compute(5.0, 1.0) == 6.0
 
 
 def test_tiles_that_cost_time_count():
