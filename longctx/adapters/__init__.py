@@ -1,0 +1,1 @@
+"""Adapters: little trained weights beside a frozen model."""

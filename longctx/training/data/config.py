@@ -1,0 +1,29 @@
+"""What the ``data`` group of ``longctx train`` holds. No torch here."""
+
+from dataclasses import dataclass
+
+from parallel.option import option
+
+FORMATS = ("auto", "jsonl", "parquet", "text", "datasets")
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """What is trained on, and how rows become packed sequences."""
+
+    path: str | None = option(None, "file, folder or glob of files to train on")
+    eval_path: str | None = option(None, "the same, to evaluate on; null: no evaluation")
+    format: str = option("auto", "how rows are stored; auto: by file names", choices=FORMATS)
+    text_key: str = option("text", "key of a row's text")
+    prompt_key: str = option("prompt", "key of what a row asks; not trained on")
+    completion_key: str = option("completion", "key of what it is answered")
+    messages_key: str = option("messages", "key of a row's chat messages; assistant turns are trained on")
+    chat_template: str | None = option(None, "file of a Jinja chat template; null: the tokenizer's own")
+    bad_rows: str = option("fail", "what a row that cannot be read does", choices=("fail", "skip"))
+    long_rows: str = option(
+        "split", "what a row longer than the context does", choices=("split", "truncate", "skip", "fail")
+    )
+    packing: bool = option(True, "several rows in one sequence, each attending only to itself")
+    shuffle: bool = option(True, "rows in another order in every epoch")
+    seed: int = option(0, "of the order of rows", minimum=0)
+    prefetch: int = option(2, "sequences of each rank that are made ready in the background", minimum=1)
