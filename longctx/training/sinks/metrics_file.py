@@ -59,8 +59,8 @@ def read_metrics(output: Path) -> list[StepRecord]:
 
 def _parse(values: dict[str, Any]) -> StepRecord:
     known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
-    known["memory_bytes"], known["eval_loss"] = tuple(values["memory_bytes"]), values["eval_loss"]
-    return StepRecord(**known)
+    others: dict[str, Any] = {"memory_bytes": tuple(values["memory_bytes"]), "eval_loss": values["eval_loss"]}
+    return StepRecord(**(known | others))
 
 
 def _cut(path: Path, start_step: int) -> None:
