@@ -58,9 +58,9 @@ def read_metrics(output: Path) -> list[StepRecord]:
 
 
 def _parse(values: dict[str, Any]) -> StepRecord:
-    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
-    others: dict[str, Any] = {"memory_bytes": tuple(values["memory_bytes"]), "eval_loss": values["eval_loss"]}
-    return StepRecord(**(known | others))
+    arguments = {name: math.nan if value is None else value for name, value in values.items()}
+    arguments.update(memory_bytes=tuple(values["memory_bytes"]), eval_loss=values["eval_loss"])
+    return StepRecord(**arguments)
 
 
 def _cut(path: Path, start_step: int) -> None:
