@@ -103,7 +103,9 @@ class DeepSpeedTraining:
     def fragments(self) -> Iterator[Fragment]:
         """This rank's, in an order that is the same every time."""
         for index, fragment in enumerate(self._find_all()):
-            if self._stage or index % self._world_size == self._rank:  # without ZeRO every rank has all: they take turns
+            if (
+                self._stage or index % self._world_size == self._rank
+            ):  # without ZeRO every rank has all: they take turns
                 yield fragment
 
     def restore(self, step: int, read: "ReadElements") -> None:
