@@ -9,6 +9,7 @@ gradients, and the parts add up.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class SequenceParallel:
         self._cu_seqlens: tuple[int, ...] | None = (
             None  # of the sequence that is being run, also while it is recomputed
         )
+        self.trace: Path | None = None  # see sequence_parallel_attention; of calls from when it is set
         name = f"longctx_sequence_parallel_{next(_numbers)}"
         AttentionInterface.register(name, self._attend)
         AttentionMaskInterface.register(name, _make_no_mask)
@@ -168,6 +170,7 @@ class SequenceParallel:
             cu_seqlens=self._cu_seqlens,
             window=sliding_window,
             scale=scaling,
+            trace=self.trace,
             **self._choices,
         )
         return out, None
