@@ -1,13 +1,13 @@
-"""Checkpoints of a run: each rank writes what lies on it, in the background, and a checkpoint is there as a whole or not.
+"""Checkpoints of a run: each rank writes what lies on it, in the background; a checkpoint is there as a whole or not.
 
     output/checkpoints/step-00000100/
         rank-0000.safetensors   fragments: "master:NAME:START", "exp_avg:NAME:START", "exp_avg_sq:NAME:START", float32
         rank-0000.json          where this rank's data goes on
         state.json              step, losses, names and shapes; written last
 
-All is written into a hidden folder first, which rank 0 renames when every rank's file is on the disk; so a crash or a full
-disk never spoils an earlier checkpoint. Ranks on several machines need one file system. Fragments of all ranks together
-are every trained weight once, so any number of ranks and any ZeRO stage can go on from them (``CheckpointReader``).
+All is written into a hidden folder first, which rank 0 renames when every rank's file is on the disk; so a crash or a
+full disk never spoils an earlier checkpoint. Ranks on several machines need one file system. Fragments of all ranks
+together are every trained weight once, so any number of ranks and any ZeRO stage can go on from them.
 """
 
 import json
@@ -36,8 +36,8 @@ _IDLE, _WRITING, _WRITTEN, _FAILED = "idle", "writing", "written", "failed"
 class CheckpointWriter:
     """One rank's hand in the run's checkpoints.
 
-    ``begin`` copies and starts to write; a rank whose ``is_written`` or ``has_failed`` says so to the others; when every
-    rank has said one of the two, all call ``end``.
+    ``begin`` copies and starts to write; ranks tell each other ``is_written`` and ``has_failed``; when every rank has
+    said one of the two, all call ``end``.
 
     Args:
         output: the run's folder.
@@ -143,8 +143,8 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         found = list_checkpoints(self._folder.parent)
-        metrics = {path: _read_json(path / STATE_FILE).get("metric") for path in found}
-        ranked = sorted((path for path in found if metrics[path] is not None), key=lambda path: metrics[path])
+        metrics: dict[Path, float] = {path: _read_json(path / STATE_FILE)["metric"] for path in found}
+        ranked = sorted(found, key=lambda path: metrics[path])
         kept = {*found[-self._keep_last :], *ranked[: self._keep_best]}
         for path in found:
             if path not in kept:
@@ -247,6 +247,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = ["FOLDER", "MOMENTS", "CheckpointReader", "CheckpointWriter", "list_checkpoints"]

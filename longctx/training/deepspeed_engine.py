@@ -10,7 +10,7 @@ is what makes a checkpoint fit any number of ranks and any stage.
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,10 @@ from parallel.option import parse_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's states, as torch names them
 _QUIET_STEPS = 1 << 62  # between DeepSpeed's own progress lines
+
+
+ReadElements = Callable[[str, str, int, int], torch.Tensor]
+"""``(name, part, start, num_elements)`` to ``[num_elements]`` float32 of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ class DeepSpeedTraining:
             ):  # without ZeRO every rank has all: they take turns
                 yield fragment
 
-    def restore(self, step: int, read: "ReadElements") -> None:
+    def restore(self, step: int, read: ReadElements) -> None:
         """Go on from a checkpoint.
 
         Args:
@@ -196,14 +200,6 @@ class DeepSpeedTraining:
                     weight.data.copy_(read(weight.numel()).view(weight.shape))
         else:
             weight.data.copy_(read(weight.numel()).view(weight.shape))
-
-
-class ReadElements:
-    """``(name, part, start, num_elements) -> float32 [num_elements]`` of a checkpoint."""
-
-    def __call__(self, name: str, part: str, start: int, numel: int) -> torch.Tensor:
-        """Raises ``CheckpointError`` for what it does not have."""
-        raise NotImplementedError
 
 
 def _import_deepspeed() -> Any:

@@ -116,8 +116,12 @@ class SequenceParallel:
         starts = torch.tensor(bounds[:-1], device=input_ids.device)
         lengths = torch.tensor(bounds, device=input_ids.device).diff()
         positions = torch.arange(num_tokens, device=input_ids.device) - starts.repeat_interleave(lengths)
-        parts = (self._cut(whole, bounds) for whole in (input_ids, positions[None], shift_labels(labels, bounds)))
-        return SequenceShard(*parts, bounds)
+        return SequenceShard(
+            self._cut(input_ids, bounds),
+            self._cut(positions[None], bounds),
+            self._cut(shift_labels(labels, bounds), bounds),
+            bounds,
+        )
 
     def sum_loss(self, shard: SequenceShard, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Summed cross entropy of this rank's targets; its backward, too, is to run before the next call. Collective.

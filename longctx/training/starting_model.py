@@ -28,7 +28,7 @@ def build_starting_model(
     """
     settings = read_transformers_config(spec)
     stretch_rope(settings, spec, config, context_length)
-    model = build_model(
+    model: Any = build_model(
         spec,
         settings,
         dtype=DTYPES[config.dtype],
@@ -42,8 +42,8 @@ def check_context(spec: ModelSpec, config: TrainModelConfig, context_length: int
     """Raise ``ConfigError`` if the model does not take ``context_length`` tokens as configured."""
     if context_length > spec.max_context and config.rope_scaling == "keep" and config.rope_theta is None:
         raise ConfigError(
-            f"train.context_length={context_length} is not allowed: {spec.name} takes at most {spec.max_context} tokens; "
-            "model.rope_scaling=yarn (or linear, dynamic) or a higher model.rope_theta stretches it"
+            f"train.context_length={context_length} is not allowed: {spec.name} takes at most {spec.max_context} "
+            "tokens; model.rope_scaling=yarn (or linear, dynamic) or a higher model.rope_theta stretches it"
         )
     if config.rope_scaling != "keep" and spec.rope_type not in ("default", config.rope_scaling):
         raise ConfigError(
