@@ -158,7 +158,7 @@ class TrainConfig:
     """Everything ``longctx train`` takes."""
 
     output: str = option("runs/train", "folder for checkpoints, logs and the report")
-    model: TrainModelConfig = field(default_factory=TrainModelConfig)
+    model: TrainModelConfig = field(default_factory=TrainModelConfig, metadata={"folder": "train_model"})
     data: DataConfig = field(default_factory=DataConfig)
     attention: TrainAttentionConfig = field(default_factory=TrainAttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -168,4 +168,4 @@ class TrainConfig:
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    cluster: TrainClusterConfig = field(default_factory=TrainClusterConfig)
+    cluster: TrainClusterConfig = field(default_factory=TrainClusterConfig, metadata={"folder": "train_cluster"})
