@@ -24,10 +24,9 @@ def draw_losses(records: Sequence[StepRecord], path: Path) -> None:
     axes.plot(steps, losses, color="tab:blue", alpha=0.3 if is_long else 1.0, linewidth=1, marker=marker, label="loss")
     if is_long:
         axes.plot(steps, smooth(losses), color="tab:blue", label="loss, smoothed")
-    evaluated = [record for record in records if record.eval_loss is not None]
+    evaluated = {record.step: record.eval_loss for record in records if record.eval_loss is not None}
     if evaluated:
-        eval_losses = [record.eval_loss for record in evaluated]
-        axes.plot([record.step for record in evaluated], eval_losses, "o-", color="tab:orange", label="eval loss")
+        axes.plot([*evaluated], [*evaluated.values()], "o-", color="tab:orange", label="eval loss")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)

@@ -47,19 +47,18 @@ def read_metrics(output: Path) -> list[StepRecord]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            values: dict[str, Any] = json.loads(line)
-            values = {
-                name: math.nan if value is None and name != "eval_loss" else value for name, value in values.items()
-            }
-            records.append(StepRecord(**values | {"memory_bytes": tuple(values["memory_bytes"])}))
-        except (ValueError, TypeError, KeyError):
+            records.append(_parse(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise LongctxError(f"{path}: line {number} is no record of a step: {line[:80]}") from None
     return records
 
 
 def _parse(values: dict[str, Any]) -> StepRecord:
-    known = {name: math.nan if value is None else value for name, value in values.items()}
-    return StepRecord(**known | {"memory_bytes": tuple(values["memory_bytes"]), "eval_loss": values["eval_loss"]})
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        arguments[name] = math.nan if value is None and name != "eval_loss" else value
+    arguments["memory_bytes"] = tuple(values["memory_bytes"])
+    return StepRecord(**arguments)
 
 
 def _cut(path: Path, start_step: int) -> None:

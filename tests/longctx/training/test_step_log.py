@@ -7,6 +7,7 @@ import math
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -135,7 +136,7 @@ def test_the_bar_stays_below_what_others_log(tmp_path, monkeypatch):
 
 def test_weights_and_biases_gets_scalars_and_the_same_run_again(tmp_path, monkeypatch):
     calls = []
-    package = ModuleType("wandb")
+    package: Any = ModuleType("wandb")
     package.__spec__ = ModuleSpec("wandb", None)
 
     class Run:
