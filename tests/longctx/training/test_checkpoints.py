@@ -112,7 +112,7 @@ def test_torn_files_are_named(tmp_path):
     (folder,) = list_checkpoints(tmp_path)
     path = folder / "rank-0001.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match=r"rank-0001.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"rank-0001\.safetensors cannot be read"):
         CheckpointReader(folder)
     state = json.loads((folder / "state.json").read_text()) | {"version": 99}
     (folder / "state.json").write_text(json.dumps(state))
