@@ -29,7 +29,7 @@ class LossHead:
     """
 
     def __init__(self, model: PreTrainedModel, *, tile: int) -> None:
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
             raise ConfigError(f"an output layer of type {type(head).__name__} cannot be trained: a plain linear layer")
         for name in _SCALED:
@@ -38,22 +38,26 @@ class LossHead:
                 raise ConfigError(f"{name}={value} in the model's config.json is not supported in training: null or 1")
         self._tile = tile
         self._targets_N: torch.Tensor | None = None
+        self._scale = 1.0
         self._head, self._compute_logits = head, head.forward
         head.forward = self._forward
 
-    def sum_loss(self, model: Callable[..., Any], targets: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """Sum of cross entropies of one run of ``model(**inputs)``, which is what a DeepSpeed engine is called as, too.
+    def loss(
+        self, model: Callable[..., Any], targets: torch.Tensor, *, scale: float = 1.0, **inputs: Any
+    ) -> torch.Tensor:
+        """``scale`` times the sum of cross entropies of one run of ``model(**inputs)``.
 
         Args:
-            model: the model, or what wraps it.
+            model: the model, or what wraps it and is called alike: a PEFT model, a DeepSpeed engine.
             targets: int64, shaped as the model's tokens; -100 where one does not count. Already shifted: the target of
                 a token is the one after it.
+            scale: see ``tiled_cross_entropy``; 1 / number of tokens that count makes it the mean.
             inputs: of the model.
 
         Returns:
             A scalar in float32, differentiable.
         """
-        self._targets_N = targets.reshape(-1)
+        self._targets_N, self._scale = targets.reshape(-1), scale
         try:
             return model(**inputs).logits
         finally:
@@ -63,5 +67,10 @@ class LossHead:
         if self._targets_N is None:
             return self._compute_logits(hidden)
         return tiled_cross_entropy(
-            hidden.flatten(0, -2), self._head.weight, self._targets_N, tile=self._tile, bias_V=self._head.bias
+            hidden.flatten(0, -2),
+            self._head.weight,
+            self._targets_N,
+            tile=self._tile,
+            scale=self._scale,
+            bias_V=self._head.bias,
         )

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longctx.training.tiled_loss import IGNORED
 from parallel.attention import TIMEOUT_S, sequence_parallel_attention
 from parallel.layout import LAYOUTS, check_cu_seqlens
 from parallel.links import LinkModel
 from parallel.shard import shard_sequence
 
-IGNORED = -100  # a label that does not count, as in transformers
 _numbers = itertools.count()
 
 
