@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx.cli.commands import COMMANDS, load
+from longctx.cli.commands import COMMANDS
 from longctx.config import list_keys
+from parallel.registry import load
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("longctx", "parallel", "memory", "cluster", "configs")
 TIMEOUT_S = 600.0  # the package index may be slow
 COMPOSE = """
 import sys
-from longctx.cli.commands import COMMANDS, load
+from longctx.cli.commands import COMMANDS
 from longctx.config import compose
+from parallel.registry import load
 name, *overrides = sys.argv[1:]
 print(compose(load(COMMANDS[name].root), COMMANDS[name].config_name, overrides))
 """
