@@ -49,6 +49,7 @@ class DeepSpeedTraining:
         config, optimizer: see there.
         dtype: of the module's weights: float32 or bfloat16.
         num_micro_steps: backward passes for one step.
+        leaves: parts of ``module`` whose weights ZeRO-3 has to gather together.
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class DeepSpeedTraining:
         optimizer: OptimizerConfig,
         dtype: torch.dtype,
         num_micro_steps: int,
+        leaves: Sequence[torch.nn.Module] = (),
     ) -> None:
         deepspeed = _import_deepspeed()
+        for leaf in leaves if config.zero_stage == 3 else ():
+            deepspeed.utils.set_z3_leaf_module(leaf, True)
         self._gathered = deepspeed.zero.GatheredParameters
         self._stage, self._num_micro_steps, self._num_passes = config.zero_stage, num_micro_steps, 0
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()

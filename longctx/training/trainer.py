@@ -122,7 +122,7 @@ class TrainingRun:
         for index, sequence in enumerate(sequences):
             lane = self._world.at.dp_rank * len(sequences) + index
             torch.manual_seed(hash((config.train.seed, self._step, lane, self._world.at.sp_rank)))  # of dropout
-            loss = parts.sum_loss(sequence) / num_targets
+            loss = parts.loss(sequence, scale=1 / num_targets)
             parts.engine.backward(loss)
             own_loss += float(loss.detach())
         self._loss = self._agree(own_loss, sequences)
@@ -201,7 +201,7 @@ class TrainingRun:
             for first in range(0, len(sequences), dp_degree):
                 index = first + self._world.at.dp_rank
                 sequence = sequences[min(index, len(sequences) - 1)]  # every rank has to call: ZeRO-3 gathers weights
-                loss = float(parts.sum_loss(sequence))
+                loss = float(parts.loss(sequence))
                 if index < len(sequences):
                     total += loss
                     count += sequence.num_targets if self._world.at.sp_rank == 0 else 0
