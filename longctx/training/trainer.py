@@ -268,7 +268,8 @@ class TrainingRun:
             if self._config.checkpoint.export and not self._is_stopped:
                 reader = CheckpointReader(checkpoints[-1])
                 final = export_model(reader, self._config, self._parts.spec, self._output / "final")
-            write_report(self._output, self._config, final=final, checkpoint=checkpoints[-1])
+            report = write_report(self._output, self._config, final=final, checkpoint=checkpoints[-1])
+            logger.info("report: %s%s", report, f"; model: {final}" if final else "")
         self._world.add_up([0.0])  # nobody leaves before rank 0 has exported
         return {
             "steps": self._step,
