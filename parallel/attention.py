@@ -43,6 +43,7 @@ def sequence_parallel_attention(
     cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     window: int | None = None,
     layout: str = "zigzag",
+    layout_cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     num_nodes: int = 1,
@@ -65,8 +66,10 @@ def sequence_parallel_attention(
         window: query i sees only keys j with 0 <= i - j < window.
         layout: who holds what: ``contiguous``, ``zigzag`` (rank r holds chunks r and 2W-1-r), ``striped`` or
             ``balanced`` (for packed documents).
+        layout_cu_seqlens: boundaries that ``balanced`` was cut by; None: ``cu_seqlens``.
         scale: of the scores; None is 1 / sqrt(head_dim).
-        return_lse: also return the log-sum-exp, float32 ``[batch, num_heads, seq_local]``, without a gradient.
+        return_lse: also return the log-sum-exp, float32 ``[batch, num_heads, seq_local]``. Its gradient counts on rows
+            where the output has one: what merging partial attention needs.
         num_nodes: nodes that the ranks are spread over in order, for ``hybrid`` and ``ulysses_ring``.
         links: what ``auto`` weighs plans by, the same on every rank; None: ``LinkModel()``, a fast switch.
         timeout_s: seconds to wait for a peer.
@@ -80,8 +83,8 @@ def sequence_parallel_attention(
         ValueError: for arguments that do not go together, on every rank and before any query or key is sent.
         ExchangeError: if a peer is lost or stalls; it names rank, step and peer. Make a new group, then call again.
     """
-    bounds = None if cu_seqlens is None else tuple(int(bound) for bound in cu_seqlens)
-    choices = _Choices(plan, causal, bounds, window, layout, scale, num_nodes, links or LinkModel())
+    bounds, layout_bounds = (None if x is None else tuple(map(int, x)) for x in (cu_seqlens, layout_cu_seqlens))
+    choices = _Choices(plan, causal, bounds, window, layout, layout_bounds, scale, num_nodes, links or LinkModel())
     if trace is not None and q.device.type != "cpu":
         raise ValueError(f"trace with tensors on {q.device.type} is not allowed: it shows what a CPU does")
     carrier = open_carrier(group, q.device)
@@ -108,6 +111,7 @@ class _Choices:
     cu_seqlens: tuple[int, ...] | None
     window: int | None
     layout: str
+    layout_cu_seqlens: tuple[int, ...] | None
     scale: float | None
     num_nodes: int
     links: LinkModel
@@ -154,6 +158,7 @@ class _Choices:
             batch_size=q.shape[0],
             element_size=q.element_size(),
             num_nodes=self.num_nodes,
+            layout_cu_seqlens=self.layout_cu_seqlens,
         )
         for name, index, wanted in (("queries", 0, problem.num_q), ("keys", 1, problem.num_kv)):
             given = tuple(own[index] for own in lengths)
@@ -194,7 +199,8 @@ def _agree(
         if digest != numbers[1]:
             raise ValueError(
                 f"rank {rank} was called with other arguments than rank {carrier.rank}: plan, causal, cu_seqlens, "
-                "window, layout, scale, num_nodes, links, dtype, batch, heads and head_dim must be equal"
+                "window, layout, layout_cu_seqlens, scale, num_nodes, links, dtype, batch, heads and head_dim must be "
+                "equal"
             )
     return [(num_q, num_kv, num_kv_heads) for _, _, num_q, num_kv, num_kv_heads in everyone]
 
@@ -236,15 +242,21 @@ class _Attention(torch.autograd.Function):
             drive(forward.run(), rank, run.timeout_s)
         ctx.save_for_backward(q, k, v, forward.out, forward.lse)
         ctx.run, ctx.kept = run, forward.kept
-        ctx.mark_non_differentiable(forward.lse)
+        ctx.set_materialize_grads(False)
         return forward.out.to(q.dtype, copy=True), forward.lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         run, rank = ctx.run, ctx.run.carrier.rank
         q, k, v, out, lse = ctx.saved_tensors
-        dout = grad_outputs[0].contiguous()
+        dout, dlse = grad_outputs
+        if dout is None:
+            raise ValueError("a gradient of the log-sum-exp without one of the output is not supported")
+        dout = dout.contiguous()
+        # dS = P * (dP - delta + dlse), since the log-sum-exp's gradient by a score is that score's P.
         delta = (dout.to(out.dtype) * out).sum(-1)
+        if dlse is not None:
+            delta -= dlse
         with run.watch("backward") as (carrier, kernel):
             backward = Backward(run.plan, rank, carrier, kernel, q, k, v, dout, lse, delta, run.scale, ctx.kept)
             drive(backward.run(), rank, run.timeout_s)
