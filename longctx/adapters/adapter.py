@@ -49,6 +49,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "inference_mode": True,
         **method.describe(config, shapes),
         "modules_to_save": trained or None,
@@ -67,7 +68,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     Raises:
         CheckpointError: if the folder is no adapter of a kind that longctx knows, or does not go with the model.
     """
-    adapter = inspect_adapter(folder, base_shapes(model), base=describe_base(model))
+    base = f"{model.name_or_path or 'the model'} ({model.config.model_type})"
+    adapter = inspect_adapter(folder, base_shapes(model), base=base, architecture=type(model).__name__)
     _attach(model, _make_method(adapter.method), adapter.settings)
     tensors = load_file(adapter.path / TENSOR_FILE)
     parameters = dict(model.named_parameters())
@@ -124,11 +126,6 @@ def save_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel, folder:
 def base_shapes(model: PreTrainedModel) -> Shapes:
     """Of a model without adapter, by name; also where ZeRO 3 has cut its parameters up."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-
-
-def describe_base(model: PreTrainedModel) -> str:
-    """What errors call a model."""
-    return f"{model.name_or_path or 'the model'} ({model.config.model_type})"
 
 
 def _make_method(name: str) -> AdapterMethod:

@@ -12,6 +12,7 @@ from longctx.adapters.method import ANY, AdapterMethod, Settings, Shapes, linear
 from longctx.adapters.registry import ADAPTERS
 from longctx.errors import CheckpointError
 from longctx.models.checkpoint import ModelSpec, weight_shapes
+from longctx.models.families import FAMILIES
 from longctx.models.tensor_files import TensorEntry, read_header, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -33,13 +34,14 @@ class AdapterFolder:
     whole_tensors: tuple[str, ...]  # names of the base's tensors that it replaces
 
 
-def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str) -> AdapterFolder:
+def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str, architecture: str) -> AdapterFolder:
     """Read and check an adapter folder.
 
     Args:
         path: a PEFT folder.
         shapes: of the base's tensors by name.
         base: what errors call the base.
+        architecture: the base's class in transformers.
 
     Raises:
         CheckpointError: naming the folder, the file, field or tensor, and why the adapter cannot be used.
@@ -48,7 +50,7 @@ def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str) -> AdapterFo
     _check_folder(folder)
     settings = read_json(folder / CONFIG_FILE)
     method = find_method(folder, settings)
-    reason = method.refuse(settings)
+    reason = method.refuse(settings) or _refuse_architecture(settings, base, architecture)
     if reason:
         raise CheckpointError(f"{folder}: {CONFIG_FILE}: {reason}")
     entries = read_header(folder / TENSOR_FILE)
@@ -71,7 +73,10 @@ def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str) -> AdapterFo
 
 def choose_adapter(path: str | None, spec: ModelSpec) -> AdapterFolder | None:
     """``model.adapter`` beside its checkpoint; None if there is none. Raises as ``inspect_adapter``."""
-    return None if path is None else inspect_adapter(path, weight_shapes(spec), base=f"{spec.name} ({spec.family})")
+    if path is None:
+        return None
+    architecture = FAMILIES[spec.family].architecture
+    return inspect_adapter(path, weight_shapes(spec), base=f"{spec.name} ({spec.family})", architecture=architecture)
 
 
 def find_method(folder: Path, settings: Settings) -> AdapterMethod:
@@ -96,6 +101,13 @@ def _check_folder(folder: Path) -> None:
         pickled = " (adapter_model.bin is a pickle file, which can run code when loaded: save it as safetensors)"
         reason = pickled if (folder / "adapter_model.bin").is_file() else ""
         raise CheckpointError(f"{folder}: {TENSOR_FILE} is missing{reason}")
+
+
+def _refuse_architecture(settings: Settings, base: str, architecture: str) -> str | None:
+    trained_on = (settings.get("auto_mapping") or {}).get("base_model_class", architecture)
+    if trained_on == architecture:
+        return None
+    return f"the adapter was trained on a {trained_on}, which {base} is not: it is a {architecture}"
 
 
 def _is_whole(name: str, shapes: Shapes) -> bool:

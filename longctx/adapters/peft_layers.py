@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from longctx.adapters.method import Settings
 
 # Norms and embeddings are trained where they are (``adapter.py``); peft would train copies beside them.
-_NOT_PASSED = ("modules_to_save", "ensure_weight_tying", "inference_mode", "peft_type", "task_type")
+_NOT_PASSED = ("modules_to_save", "ensure_weight_tying", "inference_mode", "peft_type", "task_type", "auto_mapping")
 
 
 def inject(model: PreTrainedModel, settings: Settings) -> None:

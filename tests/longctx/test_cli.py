@@ -42,6 +42,8 @@ def probe(*arguments):
         (("generate",), 2, ["generate.prompt"]),
         (("generate", "generate.prompt=a", "model.path=/absent"), 2, ["/absent"]),
         (("serve", "model.path=/absent"), 2, ["/absent"]),
+        (("serve", "model.adapter=/absent"), 2, ["/absent: no such folder", "adapter_config.json"]),
+        (("generate", "generate.prompt=a", "model.adapter=longctx/models/demo"), 2, ["it is a model (config.json)"]),
         (("plan",), 2, ["'plan' is unknown", "allowed: plan attention, plan links"]),
         (("plan", "atention"), 2, ["'plan atention' is unknown", "did you mean plan attention?"]),
         (("plan", "attention", "--help"), 0, ["num_cached_tokens", "links.bytes_per_s"]),
