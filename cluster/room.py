@@ -21,6 +21,14 @@ class Bundle:
         return f"{self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs each (cluster.cpus_per_rank, cluster.gpus_per_rank)"
 
 
+WORDS = {
+    "PACK": "they have room for {}",
+    "SPREAD": "they have room for {}",
+    "STRICT_PACK": "one has to take all (cluster.strategy=STRICT_PACK), and the largest has room for {}",
+    "STRICT_SPREAD": "each rank needs one of its own (cluster.strategy=STRICT_SPREAD), and {} have room for one",
+}
+
+
 def find_shortage(nodes: Sequence[dict[str, float]], num_ranks: int, bundle: Bundle, strategy: str) -> str:
     """Why ``num_ranks`` bundles cannot be placed even on empty nodes, and what can; empty if they can.
 
@@ -30,26 +38,21 @@ def find_shortage(nodes: Sequence[dict[str, float]], num_ranks: int, bundle: Bun
         bundle: one rank's.
         strategy: Ray's placement strategy.
     """
-    rooms = [_count_room(node, bundle) for node in nodes]
-    limits = {
-        "PACK": (sum(rooms), "they have room for {}"),
-        "SPREAD": (sum(rooms), "they have room for {}"),
-        "STRICT_PACK": (max(rooms, default=0), "one node has to take all (cluster.strategy=STRICT_PACK), and the "
-                        "largest has room for {}"),
-        "STRICT_SPREAD": (sum(room > 0 for room in rooms), "each needs a node of its own (cluster.strategy="
-                          "STRICT_SPREAD), and {} have room for one"),
-    }  # fmt: skip
-    limit, words = limits[strategy]
+    limit = _count_room(nodes, bundle, strategy)
     if num_ranks <= limit:
         return ""
     cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
-    told = f"{bundle}; its {len(nodes)} nodes have {cpus:g} CPUs and {gpus:g} GPUs, {words.format(limit)}"
-    share = min(1.0, int(100 * cpus / num_ranks) / 100)
-    if share and share < bundle.num_cpus and gpus >= bundle.num_gpus * num_ranks:
-        told += f"; cluster.cpus_per_rank={share:g} would fit if they can share cores"
-    return told
+    told = f"{bundle}; its {len(nodes)} nodes have {cpus:g} CPUs and {gpus:g} GPUs, {WORDS[strategy].format(limit)}"
+    shares = (percent / 100 for percent in range(int(100 * bundle.num_cpus), 0, -1))
+    fits = [share for share in shares if _count_room(nodes, Bundle(share, bundle.num_gpus), strategy) >= num_ranks]
+    return f"{told}; cluster.cpus_per_rank={fits[0]:g} would fit, ranks sharing cores" if fits else told
 
 
-def _count_room(node: dict[str, float], bundle: Bundle) -> int:
-    """Bundles that an empty node holds."""
-    return min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.resources.items())
+def _count_room(nodes: Sequence[dict[str, float]], bundle: Bundle, strategy: str) -> int:
+    """Bundles that empty nodes hold."""
+    rooms = [
+        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.resources.items()) for node in nodes
+    ]
+    if strategy == "STRICT_PACK":
+        return max(rooms, default=0)
+    return sum(room > 0 for room in rooms) if strategy == "STRICT_SPREAD" else sum(rooms)

@@ -203,6 +203,9 @@ def _convert(value: Any, hint: Any, key: str, field: dataclasses.Field[Any]) -> 
                 isinstance(item, taken) and not isinstance(item, bool) for item in value
             ):
                 return [item_kind(item) for item in value]
+        elif get_origin(kind) is dict:  # of text, by name
+            if isinstance(value, dict) and all(isinstance(item, str | int | float) for item in value.values()):
+                return {str(name): str(item) for name, item in value.items()}
         elif kind is str:
             if isinstance(value, bool) and str(value).lower() in (field.metadata.get("choices") or ()):
                 return str(value).lower()  # of auto, true, false
@@ -232,7 +235,7 @@ def _type_text(hint: Any) -> str:
         return " or ".join(_type_text(kind) for kind in get_args(hint))
     if get_origin(hint) is list:
         return "a list, as [a,b]" if get_args(hint) == (str,) else "a list of whole numbers, as [4,2]"
-    return names.get(hint, str(hint))
+    return "names with values, as {A:1,B:2}" if get_origin(hint) is dict else names.get(hint, str(hint))
 
 
 def _group_of(root: Any, name: str) -> Any:

@@ -55,6 +55,37 @@ COMMANDS = {
             sweep="longctx.cli.train:sweep",
         ),
         Command(
+            "submit",
+            "run a longctx command as a job of a Ray cluster: longctx submit train key=value ...",
+            "cluster.config:SubmitCommandConfig",
+            "cluster.jobs:submit",
+            is_carrier=True,
+        ),
+        Command(
+            "job status",
+            "show the state of a job that was submitted",
+            "cluster.config:JobConfig",
+            "cluster.jobs:show_status",
+        ),
+        Command(
+            "job logs",
+            "show what a job prints",
+            "cluster.config:JobLogsConfig",
+            "cluster.jobs:show_logs",
+        ),
+        Command(
+            "job stop",
+            "let a job save its state and end",
+            "cluster.config:JobConfig",
+            "cluster.jobs:stop",
+        ),
+        Command(
+            "job list",
+            "list the jobs of a Ray cluster",
+            "cluster.config:JobListConfig",
+            "cluster.jobs:list_jobs",
+        ),
+        Command(
             "plan attention",
             "show what each exchange plan of a sequence parallel attention moves, and how long it takes",
             "longctx.cli.plan_config:PlanAttentionConfig",

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longctx.errors import CheckpointError
-from longctx.training.deepspeed_engine import MOMENTS, Fragment
+from longctx.training.deepspeed_engine import Fragment
 
 logger = logging.getLogger(__name__)
 

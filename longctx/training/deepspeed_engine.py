@@ -8,11 +8,12 @@ float32, that lie on this rank. Together the ranks' fragments are every trained 
 is what makes a checkpoint fit any number of ranks and any stage.
 """
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class DeepSpeedTraining:
         config, optimizer: see there.
         dtype: of the module's weights: float32 or bfloat16.
         num_micro_steps: backward passes for one step.
+        leaves: parts of ``module`` whose weights ZeRO-3 has to gather together.
     """
 
     def __init__(
@@ -60,8 +62,11 @@ class DeepSpeedTraining:
         optimizer: OptimizerConfig,
         dtype: torch.dtype,
         num_micro_steps: int,
+        leaves: Sequence[torch.nn.Module] = (),
     ) -> None:
         deepspeed = _import_deepspeed()
+        for leaf in leaves if config.zero_stage == 3 else ():
+            deepspeed.utils.set_z3_leaf_module(leaf, True)
         self._gathered = deepspeed.zero.GatheredParameters
         self._stage, self._num_micro_steps, self._num_passes = config.zero_stage, num_micro_steps, 0
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
@@ -73,7 +78,8 @@ class DeepSpeedTraining:
             eps=optimizer.eps,
         )
         settings = _describe(config, optimizer, dtype, self._world_size, num_micro_steps)
-        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
+        with redirect_stdout(io.StringIO()):  # it prints how much memory is used, on its way
+            self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
         self._adam: torch.optim.Optimizer = adam
         adam.state.clear()  # nor does that step count
 
@@ -207,9 +213,10 @@ def _import_deepspeed() -> Any:
     """DeepSpeed without the operator that it would compile for a minute on a machine without a GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed import ops
-    from deepspeed.utils import logger
+    with redirect_stdout(io.StringIO()):  # a warning that there is no GPU
+        import deepspeed
+        from deepspeed import ops
+        from deepspeed.utils import logger
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel(logging.ERROR)

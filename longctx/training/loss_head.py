@@ -40,7 +40,7 @@ class LossHead:
         self._targets_N: torch.Tensor | None = None
         self._scale = 1.0
         self._head, self._compute_logits = head, head.forward
-        head.forward = self._forward
+        head.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]
 
     def loss(
         self, model: Callable[..., Any], targets: torch.Tensor, *, scale: float = 1.0, **inputs: Any

@@ -1,13 +1,16 @@
 """Builds what one rank trains with: the world, the model with its adapter and attention, DeepSpeed, data."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from longctx.adapters.adapter import add_adapter
 from longctx.errors import CheckpointError
 from longctx.models.checkpoint import inspect_checkpoint
 from longctx.models.tokenizer import load_tokenizer
+from longctx.training.attention import ATTENTION
 from longctx.training.checkpoints import CheckpointReader, list_checkpoints
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
@@ -15,6 +18,7 @@ from longctx.training.data.stream import SequenceStream, merge_states, read_eval
 from longctx.training.deepspeed_engine import DeepSpeedTraining
 from longctx.training.flops import count_training_flops
 from longctx.training.loss_head import LossHead
+from longctx.training.memory_saving import save_memory
 from longctx.training.peak import measure_peak_flops, read_peak_memory
 from longctx.training.place import RankPlace
 from longctx.training.sequence_parallel import SequenceParallel
@@ -75,21 +79,21 @@ class RunParts:
             else []
         )
 
-    def sum_loss(self, sequence: PackedSequence) -> torch.Tensor:
-        """Summed losses of this rank's part of a sequence."""
+    def loss(self, sequence: PackedSequence, *, scale: float = 1.0) -> torch.Tensor:
+        """``scale`` times the summed losses of this rank's part of a sequence."""
         shard = self.parallel.shard(
             sequence.input_ids.to(self.device),
             labels=sequence.labels.to(self.device),
             cu_seqlens=sequence.cu_seqlens,
         )
-        return self.parallel.sum_loss(shard, self._forward)
+        return self.parallel.sum_loss(shard, partial(self._head.loss, self.engine, scale=scale, use_cache=False))
 
     def count_flops(self, sequence: PackedSequence) -> int:
         """That forward and backward of a whole sequence need."""
         return count_training_flops(
             self.spec,
             sequence.cu_seqlens,
-            trains_base=self._config.peft.method == "none",
+            trains_base=not self.has_adapter,
             num_adapter_weights=self._num_adapter_weights,
         )
 
@@ -113,6 +117,9 @@ class RunParts:
             seed=config.train.seed,
         )
         model.config.use_cache = False
+        self.has_adapter = config.peft.method != "none" or config.peft.path is not None
+        if self.has_adapter:
+            add_adapter(model, config.peft)
         self.parallel = SequenceParallel(
             model,
             group=self.world.sp_group,
@@ -120,14 +127,14 @@ class RunParts:
             plan=parallel.plan,
             links=load_links(Path(parallel.links_file)) if parallel.links_file else None,
             timeout_s=parallel.timeout_s,
+            attend=ATTENTION.get(config.attention.name)(config.attention),
         )
         self._head = LossHead(model, tile=config.train.loss_tile)
+        leaves = save_memory(model, config.train, device=self.device, scratch=Path(config.output))
         parameters = dict(model.named_parameters())
         trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
         self.shapes = {name: list(weight.shape) for name, weight in trained.items()}
-        self._num_adapter_weights = (
-            0 if config.peft.method == "none" else sum(weight.numel() for weight in trained.values())
-        )
+        self._num_adapter_weights = sum(weight.numel() for weight in trained.values()) if self.has_adapter else 0
         self.engine = DeepSpeedTraining(
             model,
             parameters,
@@ -135,11 +142,7 @@ class RunParts:
             optimizer=config.optimizer,
             dtype=DTYPES[config.model.dtype],
             num_micro_steps=config.train.batch_size // parallel.dp_degree,
-        )
-
-    def _forward(self, *, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self._head.sum_loss(
-            self.engine, targets, input_ids=input_ids, position_ids=position_ids, use_cache=False
+            leaves=leaves,
         )
 
 

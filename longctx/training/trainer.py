@@ -24,7 +24,7 @@ from longctx.errors import TrainingError
 from longctx.training.checkpoints import CheckpointReader, CheckpointWriter, list_checkpoints
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
-from longctx.training.export import export_model
+from longctx.training.export import export_adapter, export_model
 from longctx.training.place import RankPlace
 from longctx.training.record import StepRecord
 from longctx.training.report import write_report
@@ -122,7 +122,7 @@ class TrainingRun:
         for index, sequence in enumerate(sequences):
             lane = self._world.at.dp_rank * len(sequences) + index
             torch.manual_seed(hash((config.train.seed, self._step, lane, self._world.at.sp_rank)))  # of dropout
-            loss = parts.sum_loss(sequence) / num_targets
+            loss = parts.loss(sequence, scale=1 / num_targets)
             parts.engine.backward(loss)
             own_loss += float(loss.detach())
         self._loss = self._agree(own_loss, sequences)
@@ -201,7 +201,7 @@ class TrainingRun:
             for first in range(0, len(sequences), dp_degree):
                 index = first + self._world.at.dp_rank
                 sequence = sequences[min(index, len(sequences) - 1)]  # every rank has to call: ZeRO-3 gathers weights
-                loss = float(parts.sum_loss(sequence))
+                loss = float(parts.loss(sequence))
                 if index < len(sequences):
                     total += loss
                     count += sequence.num_targets if self._world.at.sp_rank == 0 else 0
@@ -266,9 +266,9 @@ class TrainingRun:
         if self._world.rank == 0:
             checkpoints = list_checkpoints(self._output)
             if self._config.checkpoint.export and not self._is_stopped:
-                reader = CheckpointReader(checkpoints[-1])
-                final = export_model(reader, self._config, self._parts.spec, self._output / "final")
-            write_report(self._output, self._config, final=final, checkpoint=checkpoints[-1])
+                final = self._export(checkpoints[-1])
+            report = write_report(self._output, self._config, final=final, checkpoint=checkpoints[-1])
+            logger.info("report: %s%s", report, f"; model: {final}" if final else "")
         self._world.add_up([0.0])  # nobody leaves before rank 0 has exported
         return {
             "steps": self._step,
@@ -277,3 +277,9 @@ class TrainingRun:
             "stopped": self._is_stopped,
             "final": str(final) if final else None,
         }
+
+    def _export(self, checkpoint: Path) -> Path:
+        reader, folder = CheckpointReader(checkpoint), self._output / "final"
+        if self._parts.has_adapter:
+            return export_adapter(reader, self._config, self._parts.parallel.model, folder)
+        return export_model(reader, self._config, self._parts.spec, folder)

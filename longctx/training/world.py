@@ -5,6 +5,7 @@ global_rank = dp_rank * sp_degree + sp_rank
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ class TrainingWorld:
             dist.new_group(sp_ranks(dp_rank, parallel.sp_degree), timeout=timeout)
             for dp_rank in range(parallel.dp_degree)
         ]
-        self.sp_group = groups[self.at.dp_rank]
+        self.sp_group: Any = groups[self.at.dp_rank]  # what torch's stubs say of it is not what it is
 
     def add_up(self, numbers: list[float]) -> list[float]:
         """Sums over all ranks, in float64. Collective."""

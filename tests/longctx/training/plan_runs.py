@@ -46,7 +46,7 @@ def train_with_each_plan(config: TrainConfig, place: RankPlace) -> dict[str, Any
         runs[plan] = {
             "losses": [record.loss for record in records],
             "norms": [record.grad_norm for record in records],
-            "weights": gather_weights(parts),
+            "weights": {name: weight.numpy() for name, weight in gather_weights(parts).items()},
         }
     parts.close()
     return runs

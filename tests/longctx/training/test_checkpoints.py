@@ -48,7 +48,7 @@ def test_any_range_comes_back(tmp_path, world_size, asynchronous):
         wanted = (WEIGHT + 7)[start : start + numel]
         assert torch.equal(reader.read("a.weight", "master", start, numel), wanted)
         assert torch.equal(reader.read("a.weight", "exp_avg_sq", start, numel), wanted * 3)
-    with pytest.raises(CheckpointError, match="master of a.weight has 1 of 2 elements"):
+    with pytest.raises(CheckpointError, match=r"master of a\.weight has 1 of 2 elements"):
         reader.read("a.weight", "master", 9, 2)
     reader.check_shapes({"a.weight": [2, 5]})
     for shapes, words in (({"a.weight": [5, 2]}, r"is \[2, 5\] in it, and \[5, 2\]"), ({}, "not there in what")):
