@@ -1,5 +1,6 @@
 """Checkpointed layers give the same gradients from less memory; over ranks, without a second exchange."""
 
+import gc
 from pathlib import Path
 
 import peft
@@ -14,6 +15,7 @@ from longctx.training.activation_store import FileStore
 from longctx.training.config import TrainLoopConfig
 from longctx.training.memory_saving import save_memory
 from longctx.training.sequence_parallel import SequenceParallel
+from parallel.kept_attention import KeptAttention
 from tests.longctx.test_sequence_parallel_training import BOUNDS, TOLERANCE, gradients_of, make_batch, run_alone
 from tests.longctx.training.live_memory import LiveMemory
 from tests.parallel.gloo_ranks import run_ranks
@@ -120,7 +122,6 @@ def count_exchanges(rank, world_size, scratch, folder, plan, choices):
 @pytest.mark.parametrize(
     ("world_size", "plan", "choices", "exchanges"),
     [
-        (1, "auto", {"activation_offload": True}, 1),
         (2, "token_ring", {"mlp_tile": 20}, 1),  # keeps what arrives, if nothing is checkpointed
         (2, "all_gather", {"keep_attention": False}, 2),
         (3, "auto", {"activation_offload": True, "mlp_tile": 50}, 1),
@@ -131,3 +132,24 @@ def test_ranks_exchange_attention_once(tmp_path, world_size, plan, choices, exch
     for error, num_exchanges in run_ranks(count_exchanges, world_size, str(folder), plan, choices):
         assert error < TOLERANCE
         assert num_exchanges == exchanges * 2 * 2  # layers, steps
+
+
+def count_kept(rank, world_size, scratch, folder):
+    """Tensors in the file whenever a layer takes its attention back, over two steps; and after them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
+    store = FileStore(Path(scratch))
+    checkpoint_layers(model, store=store)
+    shared = SequenceParallel(model)
+    counts, take = [], KeptAttention.take
+    KeptAttention.take = lambda kept: (counts.append(store._num_used), take(kept))[1]
+    gc.disable()  # nothing may wait for it
+    for _ in range(2):
+        _, share = shared.loss(make_batch()[0], cu_seqlens=BOUNDS)
+        share.backward()
+        del share
+    return counts, store._num_used
+
+
+def test_what_is_kept_goes_as_it_is_used(tmp_path):
+    folder = make_checkpoint(tmp_path, "llama", tokenizer=False, num_hidden_layers=3)
+    assert run_ranks(count_kept, 1, str(folder)) == [([6, 4, 2] * 2, 0)]
