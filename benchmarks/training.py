@@ -26,6 +26,7 @@ from benchmarks.processes import ProcessTree
 
 logger = logging.getLogger(__name__)
 
+END_ID = 300
 ENGINES = ("longctx", "deepspeed-ulysses", "ddp")
 
 
@@ -84,6 +85,17 @@ class Engine:
         return records
 
 
+def add_end_token(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint with a token that ends texts, which the ones for serving do without."""
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (folder / path.name).symlink_to(path)
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"eos_token": f"\u0120w{END_ID}"}
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def measure(arguments: argparse.Namespace, model: str, length: int, folder: Path) -> dict[str, Any]:
     """One model at one length."""
     run_folder = folder / f"{model}-{length}"
@@ -92,11 +104,12 @@ def measure(arguments: argparse.Namespace, model: str, length: int, folder: Path
     letters = random.Random(length)
     with data.open("w") as file:
         for _ in range(2 * (arguments.rounds + 2)):
-            text = "".join(letters.choices(string.ascii_lowercase, k=length))  # a letter is a token
+            text = "".join(letters.choices(string.ascii_lowercase, k=length - 1))  # a letter is a token, as is the end
             file.write(json.dumps({"text": text}) + "\n")
     specification = {
         "world_size": 2,
-        "model": str(ensure_checkpoint(model, Path(arguments.work))),
+        "model": str(add_end_token(ensure_checkpoint(model, Path(arguments.work)), run_folder / "model")),
+        "end_id": END_ID,
         "data": str(data),
         "num_tokens": length,
         "dtype": arguments.dtype,

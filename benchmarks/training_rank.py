@@ -29,7 +29,7 @@ def read_tokens(specification: dict[str, Any]) -> list[torch.Tensor]:
     """``[1, num_tokens]`` of each row of the data."""
     tokenizer = Tokenizer.from_file(str(Path(specification["model"]) / "tokenizer.json"))
     rows = [json.loads(line)["text"] for line in Path(specification["data"]).read_text().splitlines()]
-    return [torch.tensor([tokenizer.encode(row).ids]) for row in rows]
+    return [torch.tensor([[*tokenizer.encode(row).ids, specification["end_id"]]]) for row in rows]
 
 
 def start_longctx(specification: dict[str, Any], rank: int) -> Step:
@@ -49,6 +49,7 @@ def start_longctx(specification: dict[str, Any], rank: int) -> Step:
     from longctx.training.trainer import TrainingRun
 
     world_size = specification["world_size"]
+    os.environ["LOCAL_RANK"] = "0"
     config = TrainConfig(
         output=specification["output"],
         model=TrainModelConfig(path=specification["model"], dtype=specification["dtype"], device="cpu"),
@@ -76,6 +77,7 @@ def start_longctx(specification: dict[str, Any], rank: int) -> Step:
 def start_ulysses(specification: dict[str, Any], rank: int) -> Step:
     """transformers and DeepSpeed's Ulysses, put together by accelerate."""
     _join_world(specification, rank)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import DeepSpeedPlugin, DeepSpeedSequenceParallelConfig
@@ -95,7 +97,6 @@ def start_ulysses(specification: dict[str, Any], rank: int) -> Step:
     if specification["dtype"] == "bfloat16":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     accelerator = Accelerator(
-        cpu=True,
         mixed_precision="bf16" if specification["dtype"] == "bfloat16" else "no",
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
         parallelism_config=ParallelismConfig(

@@ -10,6 +10,7 @@ from cluster.auth import load_keys
 from cluster.config import ServeConfig
 from cluster.port import check_port
 from cluster.serving import ServedModel, describe_model
+from longctx.adapters.folder import choose_adapter
 from longctx.engine.config import parse_budget
 from longctx.errors import ConfigError
 from longctx.models.checkpoint import inspect_checkpoint
@@ -21,10 +22,14 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 
     Raises ``CheckpointError`` or ``ConfigError``.
     """
-    path = config.model.path
-    if path != "demo":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=os.path.abspath(path)))
+    path, adapter = config.model.path, config.model.adapter
+    absolute = {
+        "path": path if path == "demo" else os.path.abspath(path),
+        "adapter": None if adapter is None else os.path.abspath(adapter),
+    }
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
     spec = inspect_checkpoint(config.model.path)
+    choose_adapter(config.model.adapter, spec)
     load_keys(config.server)
     config = _check_ranks(config)
     if config.ray.address is None:

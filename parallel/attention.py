@@ -46,6 +46,7 @@ def sequence_parallel_attention(
     cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     window: int | None = None,
     layout: str = "zigzag",
+    layout_cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     num_nodes: int = 1,
@@ -68,8 +69,10 @@ def sequence_parallel_attention(
         window: query i sees only keys j with 0 <= i - j < window.
         layout: who holds what: ``contiguous``, ``zigzag`` (rank r holds chunks r and 2W-1-r), ``striped`` or
             ``balanced`` (for packed documents).
+        layout_cu_seqlens: boundaries that ``balanced`` was cut by; None: ``cu_seqlens``.
         scale: of the scores; None is 1 / sqrt(head_dim).
-        return_lse: also return the log-sum-exp, float32 ``[batch, num_heads, seq_local]``, without a gradient.
+        return_lse: also return the log-sum-exp, float32 ``[batch, num_heads, seq_local]``. Its gradient counts on rows
+            where the output has one: what merging partial attention needs.
         num_nodes: nodes that the ranks are spread over in order, for ``hybrid`` and ``ulysses_ring``.
         links: what ``auto`` weighs plans by, the same on every rank; None: ``LinkModel()``, a fast switch.
         timeout_s: seconds to wait for a peer.
@@ -87,8 +90,10 @@ def sequence_parallel_attention(
     if kept is not None and kept.replays:
         out, lse = _Attention.apply(q, k, v, *kept.take())
         return (out, lse.transpose(1, 2)) if return_lse else out
-    bounds = None if cu_seqlens is None else tuple(int(bound) for bound in cu_seqlens)
-    choices = _Choices(plan, causal, bounds, window, layout, scale, num_nodes, links or LinkModel(), kept is None)
+    bounds, layout_bounds = (None if x is None else tuple(map(int, x)) for x in (cu_seqlens, layout_cu_seqlens))
+    choices = _Choices(
+        plan, causal, bounds, window, layout, layout_bounds, scale, num_nodes, links or LinkModel(), kept is None
+    )
     if trace is not None and q.device.type != "cpu":
         raise ValueError(f"trace with tensors on {q.device.type} is not allowed: it shows what a CPU does")
     carrier = open_carrier(group, q.device)
@@ -117,6 +122,7 @@ class _Choices:
     cu_seqlens: tuple[int, ...] | None
     window: int | None
     layout: str
+    layout_cu_seqlens: tuple[int, ...] | None
     scale: float | None
     num_nodes: int
     links: LinkModel
@@ -164,6 +170,7 @@ class _Choices:
             batch_size=q.shape[0],
             element_size=q.element_size(),
             num_nodes=self.num_nodes,
+            layout_cu_seqlens=self.layout_cu_seqlens,
         )
         for name, index, wanted in (("queries", 0, problem.num_q), ("keys", 1, problem.num_kv)):
             given = tuple(own[index] for own in lengths)
@@ -204,8 +211,8 @@ def _agree(
         if digest != numbers[1]:
             raise ValueError(
                 f"rank {rank} was called with other arguments than rank {carrier.rank}: plan, causal, cu_seqlens, "
-                "window, layout, scale, num_nodes, links, dtype, batch, heads and head_dim must be equal, and whether "
-                "results are kept for a recomputation"
+                "window, layout, layout_cu_seqlens, scale, num_nodes, links, dtype, batch, heads and head_dim must be "
+                "equal, and whether results are kept for a recomputation"
             )
     return [(num_q, num_kv, num_kv_heads) for _, _, num_q, num_kv, num_kv_heads in everyone]
 
@@ -264,7 +271,7 @@ class _Attention(torch.autograd.Function):
             saved_out = out
         ctx.run, ctx.kept_rows = run, [(key, held.rows, len(held.tensors)) for key, held in kept.items()]
         ctx.save_for_backward(q, k, v, saved_out, lse, *(tensor for held in kept.values() for tensor in held.tensors))
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
@@ -273,8 +280,14 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *arrived = ctx.saved_tensors
         tensors = iter(arrived)
         kept = {key: Held(rows, tuple(islice(tensors, count))) for key, rows, count in ctx.kept_rows}
-        dout = grad_outputs[0].contiguous()
+        dout, dlse = grad_outputs
+        if dout is None:
+            raise ValueError("a gradient of the log-sum-exp without one of the output is not supported")
+        dout = dout.contiguous()
+        # dS = P * (dP - delta + dlse), since the log-sum-exp's gradient by a score is that score's P.
         delta = (dout.to(lse.dtype) * out).sum(-1)
+        if dlse is not None:
+            delta -= dlse
         with run.watch("backward") as (carrier, kernel):
             backward = Backward(run.plan, rank, carrier, kernel, q, k, v, dout, lse, delta, run.scale, kept)
             drive(backward.run(), rank, run.timeout_s)

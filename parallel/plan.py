@@ -12,7 +12,7 @@ the last work that adds to them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -107,6 +107,7 @@ def make_problem(
     batch_size: int = 1,
     element_size: int = 4,
     num_nodes: int = 1,
+    layout_cu_seqlens: Sequence[int] | None = None,
 ) -> Problem:
     """``num_q`` queries at the end of ``num_kv`` keys; a rank's keys are its part of the prefix, then its queries'.
 
@@ -117,6 +118,7 @@ def make_problem(
         world_size: ranks.
         layout: a name of ``parallel.layout.LAYOUTS``.
         batch_size, element_size, num_nodes: see ``Problem``.
+        layout_cu_seqlens: what ``layout`` was cut by; None: the mask's documents.
 
     Raises:
         ValueError: for numbers that do not go together.
@@ -126,6 +128,7 @@ def make_problem(
     if heads[0] % heads[1]:
         raise ValueError(f"{heads[0]} query heads and {heads[1]} KV heads are not allowed: a multiple")
     prefix, bounds = num_kv - num_q, check_cu_seqlens(mask.cu_seqlens, num_kv)
+    bounds = check_cu_seqlens(layout_cu_seqlens, num_kv) or bounds
     q_layout = make_layout(layout, num_q, world_size, cu_seqlens=bounds, offset=prefix)
     before = None if bounds is None else [min(bound, prefix) for bound in bounds]
     kv_layout = join_layouts([make_layout(layout, prefix, world_size, cu_seqlens=before), q_layout])

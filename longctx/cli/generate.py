@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longctx.adapters.folder import choose_adapter
 from longctx.cli.generate_config import GenerateCommandConfig, GenerateConfig
 from longctx.errors import ConfigError
 from longctx.messages import SamplingParams
@@ -46,7 +47,7 @@ def generate(config: GenerateCommandConfig) -> int:
     """Run the command; returns the exit code."""
     options = config.generate
     text = _read_prompt(options)
-    inspect_checkpoint(config.model.path)
+    choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
     from longctx.llm import LLM  # seconds of torch and transformers, after what can be refused without them
 
     with LLM(model_config=config.model, engine_config=config.engine) as llm:

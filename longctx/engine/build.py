@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig, parse_budget
@@ -80,7 +81,7 @@ def build_engine(
         shards: the ranks that share its sequences; this process is rank 0, the others call ``build_rank``.
 
     Raises:
-        CheckpointError: the checkpoint cannot be served.
+        CheckpointError: the checkpoint or the adapter cannot be served.
         ConfigError: naming the key, its value and what is allowed.
         ExchangeError: if a rank is lost.
     """
@@ -141,6 +142,7 @@ def _load(
     shards: ShardGroup | None,
 ) -> _Parts:
     spec = inspect_checkpoint(model_config.path, require_weights=random_weights_seed is None)
+    adapter = choose_adapter(model_config.adapter, spec)
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)
@@ -149,7 +151,7 @@ def _load(
     num_sharing = 1 if shards is None else _count_on_node(shards)
     if device.type == "cpu":
         torch.set_num_threads(engine_config.num_threads or max(1, _count_cores() // num_sharing))
-    loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed)
+    loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed, adapter=adapter)
     if shards is not None:
         backend = ShardedAttention(backend, shards.group.on_device(device), timeout_s=shards.timeout_s)
     decoder = PackedDecoder(loaded, backend)

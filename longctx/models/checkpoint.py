@@ -100,6 +100,22 @@ def inspect_checkpoint(path: str | Path, *, require_weights: bool = True) -> Mod
     )
 
 
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the checkpoint's matrices and norms; biases are left out."""
+    sizes = {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+    }
+    shapes = expected_shapes(sizes, FAMILIES[spec.family])
+    return {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
+
+
 def choose_context(spec: ModelSpec, max_context: int | None) -> int:
     """``model.max_context``, or the checkpoint's limit; raises ``ConfigError`` if it is above that."""
     if max_context is not None and max_context > spec.max_context:

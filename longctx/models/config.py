@@ -13,6 +13,7 @@ class ModelConfig:
     """Which checkpoint, and how it runs."""
 
     path: str = option("demo", "Hugging Face checkpoint folder, or demo for the model that ships with longctx")
+    adapter: str | None = option(None, "PEFT folder of an adapter trained on that checkpoint; null: none")
     name: str | None = option(None, "name clients use; null: the folder's name")
     dtype: str = option("auto", "element type of weights and KV; auto: the checkpoint's", choices=DTYPES)
     device: str = option("auto", "where it runs; auto: cuda if there is a GPU", choices=("auto", "cpu", "cuda"))

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from longctx.adapters.adapter import apply_adapter
+from longctx.adapters.folder import AdapterFolder
 from longctx.errors import CheckpointError
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.rope import RotaryTable
@@ -43,7 +45,12 @@ class LoadedModel:
 
 
 def load_model(
-    spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, random_weights_seed: int | None = None
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    random_weights_seed: int | None = None,
+    adapter: AdapterFolder | None = None,
 ) -> LoadedModel:
     """Load the weights of ``spec`` in ``dtype``.
 
@@ -52,12 +59,15 @@ def load_model(
         dtype: float32, bfloat16 or float16.
         device: where the model will run. Stored weights stay on the CPU until ``PackedDecoder`` moves them one by one.
         random_weights_seed: make weights up instead of reading them, reproducibly (benchmarks).
+        adapter: merged into the weights, or attached to the model where it cannot be.
 
     Raises:
         CheckpointError: if weights are missing, left over or of the wrong shape.
     """
     config = read_transformers_config(spec)
     model = build_model(spec, config, dtype=dtype, device=device, random_weights_seed=random_weights_seed)
+    if adapter is not None:
+        apply_adapter(model, adapter)
     model.eval().requires_grad_(False)
     rotary = RotaryTable(config, device=device)
     return LoadedModel(spec, config, model, rotary, dtype, device)

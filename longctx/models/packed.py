@@ -6,7 +6,8 @@ one fused QKV and one fused gate-up product per layer, weights in oneDNN's block
 and a dozen Python calls per layer where transformers makes over a hundred (a decode step of a small model is bound by
 those). Taken from each layer: ``self_attn`` (``qkv_proj`` or ``q_proj``, ``k_proj``, ``v_proj``; ``o_proj``; ``q_norm``
 and ``k_norm`` if there are; ``scaling``), ``mlp`` (``gate_up_proj`` or ``gate_proj``, ``up_proj``; ``down_proj``; the
-activation), ``input_layernorm``, ``post_attention_layernorm``. Left out: layers of any other form, training.
+activation), ``input_layernorm``, ``post_attention_layernorm``, and the ``adapter`` of either sublayer. Left out: layers
+of any other form, training.
 
 Shape legend: T tokens in the batch, C hidden size, R rows whose logits are wanted, V vocabulary.
 """
@@ -26,6 +27,8 @@ from longctx.models.loading import LoadedModel
 from memory.layout import KVLayout
 from memory.pages import DTYPES
 
+Adapt = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a sublayer's input and output [T, C] to its new output
+
 _NORM_OFFSETS = {"gemma": 1.0}  # added to norm weights, which these families store around 0 instead of 1
 _SILU = ("silu", "swish")
 
@@ -38,9 +41,11 @@ class _Layer:
     qkv: Linear
     head_norm: HeadNorm | None
     output: Linear
+    adapt_attention: Adapt | None  # a bottleneck adapter of the sublayer
     mlp_norm: torch.Tensor  # float32 [C]
     gate_up: Linear
     down: Linear
+    adapt_mlp: Adapt | None
     next_norm: torch.Tensor  # float32 [C]: the next layer's first norm, or the final one
 
 
@@ -114,8 +119,15 @@ class PackedDecoder:
                 attended_TC = attended_TC.index_select(0, batch.logit_rows_R)
                 if x_TC.shape[0] == 0:
                     return x_TC
-            normed_TC = add_rms_norm(x_TC, layer.output(attended_TC), layer.mlp_norm, eps)
-            normed_TC = add_rms_norm(x_TC, layer.down(activate(layer.gate_up(normed_TC))), layer.next_norm, eps)
+            out_TC = layer.output(attended_TC)
+            if layer.adapt_attention is not None:
+                given_TC = normed_TC.index_select(0, batch.logit_rows_R) if layer is last else normed_TC
+                out_TC = layer.adapt_attention(given_TC, out_TC)
+            normed_TC = add_rms_norm(x_TC, out_TC, layer.mlp_norm, eps)
+            out_TC = layer.down(activate(layer.gate_up(normed_TC)))
+            if layer.adapt_mlp is not None:
+                out_TC = layer.adapt_mlp(normed_TC, out_TC)
+            normed_TC = add_rms_norm(x_TC, out_TC, layer.next_norm, eps)
         return normed_TC
 
     @property
@@ -158,9 +170,11 @@ class PackedDecoder:
             qkv=self._take_linear(*qkv),
             head_norm=head_norm,
             output=self._take_linear(attention.o_proj),
+            adapt_attention=self._take_adapter(attention),
             mlp_norm=self._take_norm(layer.post_attention_layernorm),
             gate_up=self._take_linear(*gate_up),
             down=self._take_linear(mlp.down_proj),
+            adapt_mlp=self._take_adapter(mlp),
             next_norm=next_norm,
         )
 
@@ -176,6 +190,19 @@ class PackedDecoder:
             module.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         self.weight_bytes += weight.numel() * weight.element_size()
         return make_linear(weight, _join(biases).to(self.device) if biases else None)
+
+    def _take_adapter(self, sublayer: Any) -> Adapt | None:
+        """The bottleneck adapter of a sublayer (``longctx/adapters/bottleneck_layer.py``), if it has one."""
+        adapter = getattr(sublayer, "adapter", None)
+        if adapter is None:
+            return None
+        function, reads_input = adapter.activation, adapter.reads_input
+        down, up = self._take_linear(adapter.down), self._take_linear(adapter.up)
+
+        def adapt(in_TC: torch.Tensor, out_TC: torch.Tensor) -> torch.Tensor:
+            return out_TC + up(function(down(in_TC if reads_input else out_TC)))
+
+        return adapt
 
     def _take_head(self, model: Any) -> Linear:
         """The output matrix. A tied one shares the look-up table's memory where ``make_linear`` makes no copy."""

@@ -61,7 +61,7 @@ def read_tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     Raises ``CheckpointError`` naming what is missing or cut short.
     """
     if (folder / SINGLE_FILE).is_file():
-        return _read_header(folder / SINGLE_FILE)
+        return read_header(folder / SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(f"{folder}: {_explain_missing(folder)}")
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
@@ -69,7 +69,7 @@ def read_tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{folder}: {INDEX_FILE} has no weight_map of tensor names to file names")
     shards = sorted(set(weight_map.values()))
     _check_shards(folder, shards)
-    headers = {shard: _read_header(folder / shard) for shard in shards}
+    headers = {shard: read_header(folder / shard) for shard in shards}
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
             raise CheckpointError(f"{folder}: {INDEX_FILE} says that {tensor} is in {shard}, but it is not")
@@ -96,8 +96,8 @@ def _explain_missing(folder: Path) -> str:
     return f"no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    """Tensors of one safetensors file; raises if the file is not as long as its header says."""
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Tensors of one safetensors file by name; ``CheckpointError`` if it is not as long as its header says."""
     where = f"{path.parent}: {path.name}"
     file_size = path.stat().st_size
     with path.open("rb") as file:

@@ -1,37 +1,37 @@
 """What a run leaves when its last checkpoint is written: the exported model and the report."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from longctx.errors import LongctxError, TrainingError
-from longctx.models.checkpoint import ModelSpec
 from longctx.training.checkpoints import CheckpointReader, list_checkpoints, rank_checkpoints
 from longctx.training.config import TrainConfig
-from longctx.training.export import export_model
 from longctx.training.report import write_report
 
 logger = logging.getLogger(__name__)
 
 
-def conclude_run(output: Path, config: TrainConfig, spec: ModelSpec, *, is_done: bool) -> Path | None:
+def conclude_run(
+    output: Path, config: TrainConfig, *, export: Callable[[CheckpointReader, Path], Path] | None
+) -> Path | None:
     """Write the report and, if the run is done and wants it, the model, whose folder is returned. On one rank.
 
     Args:
         output: of the run, with its last checkpoint.
         config: of the run.
-        spec: of the checkpoint that the run started from.
-        is_done: whether all steps were made.
+        export: writes a checkpoint's model into a folder; None: there is to be none.
 
     Raises:
         TrainingError: the model cannot be written; nothing is lost.
     """
     last, final = list_checkpoints(output)[-1], None
-    if config.checkpoint.export and is_done:
+    if export is not None:
         final = output / "final"
         try:
-            export_model(CheckpointReader(last), config, spec, final)
+            export(CheckpointReader(last), final)
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"{final} could not be written: {error}; the same command tries again, {last} has what it needs"

@@ -46,6 +46,7 @@ class SequenceParallel:
         group: the ranks; None is the default group.
         layout: who holds which tokens.
         plan, links, timeout_s: see ``sequence_parallel_attention``.
+        attend: attention in training, called as ``sequence_parallel_attention`` is; evaluation is dense.
 
     Raises:
         ValueError: for an unknown layout, or a model with attention dropout.
@@ -60,12 +61,13 @@ class SequenceParallel:
         plan: str = "auto",
         links: LinkModel | None = None,
         timeout_s: float = TIMEOUT_S,
+        attend: Callable[..., torch.Tensor] = sequence_parallel_attention,
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is unknown; allowed: {', '.join(LAYOUTS)}")
         if getattr(model.config, "attention_dropout", 0.0):
             raise ValueError(f"attention_dropout={model.config.attention_dropout} is not allowed: 0")
-        self.model, self._group, self._layout = model, group, layout
+        self.model, self._group, self._layout, self._attend_in_training = model, group, layout, attend
         self._choices = {"plan": plan, "links": links, "timeout_s": timeout_s, "group": group, "layout": layout}
         self._cu_seqlens: tuple[int, ...] | None = (
             None  # of the sequence that is being run, also while it is recomputed
@@ -171,7 +173,8 @@ class SequenceParallel:
         """transformers' attention function: ``[B, heads, S, D]`` in, ``[B, S, heads, D]`` out."""
         if softcap is not None or getattr(module, "sinks", None) is not None:
             raise ValueError("attention with soft caps or sinks is not supported over a shared sequence")
-        out = sequence_parallel_attention(
+        attend = self._attend_in_training if module.training else sequence_parallel_attention
+        out = attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),

@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import TrainingError
-from longctx.training.checkpoints import CheckpointWriter, describe_last_good
+from longctx.training.checkpoints import CheckpointReader, CheckpointWriter, describe_last_good
 from longctx.training.conclusion import conclude_run
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
+from longctx.training.export import export_adapter, export_model
 from longctx.training.output_lock import WRITER_NAME, lock_output
 from longctx.training.place import RankPlace
 from longctx.training.record import StepRecord
@@ -274,7 +275,8 @@ class TrainingRun:
     def _conclude(self) -> dict[str, Any]:
         final: Path | None = None
         if self._world.rank == 0:
-            final = conclude_run(self._output, self._config, self._parts.spec, is_done=not self._is_stopped)
+            wants_model = self._config.checkpoint.export and not self._is_stopped
+            final = conclude_run(self._output, self._config, export=self._export if wants_model else None)
         return {
             "steps": self._step,
             "loss": self._loss,
@@ -282,3 +284,8 @@ class TrainingRun:
             "stopped": self._is_stopped,
             "final": str(final) if final else None,
         }
+
+    def _export(self, reader: CheckpointReader, folder: Path) -> Path:
+        if self._parts.has_adapter:
+            return export_adapter(reader, self._config, self._parts.parallel.model, folder)
+        return export_model(reader, self._config, self._parts.spec, folder)

@@ -17,7 +17,7 @@ TIMEOUT_S = 60.0
 @contextmanager
 def sharded_engine(folder, world_size, *, plan="auto", timeout_s=TIMEOUT_S, ends_well=True, **options):
     """Rank 0's engine; the others follow until the block ends. ``engine.lose_rank`` ends one as a dead process does."""
-    model_options = {name: options.pop(name) for name in ("attention", "max_context") if name in options}
+    model_options = {name: options.pop(name) for name in ("attention", "max_context", "adapter") if name in options}
     model_config = ModelConfig(path=str(folder), device="cpu", **model_options)
     config = EngineConfig(**({"num_threads": 1, "max_sequences": 16, "kv_bytes": "4MiB"} | options))
     meeting = open_meeting(LOOPBACK, timeout_s=timeout_s)

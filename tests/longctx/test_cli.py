@@ -55,6 +55,8 @@ def probe(*arguments):
         (("train", "cluster=processes", "output=/proc/absent/out"), 2, ["output=/proc/absent/out cannot be written"]),
         (("serve", "-m", "server.port=1,2"), 2, ["-m is not for serve; allowed for: train"]),
         (("serve", "--cfg", "job"), 0, ["num_prefill_workers: 1  # actors"]),
+        (("serve", "model.adapter=/absent"), 2, ["/absent: no such folder", "adapter_config.json"]),
+        (("generate", "generate.prompt=a", "model.adapter=longctx/models/demo"), 2, ["it is a model (config.json)"]),
         (("plan",), 2, ["'plan' is unknown", "allowed: plan attention, plan links"]),
         (("plan", "atention"), 2, ["'plan atention' is unknown", "did you mean plan attention?"]),
         (("plan", "attention", "--help"), 0, ["num_cached_tokens", "links.bytes_per_s"]),

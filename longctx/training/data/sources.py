@@ -112,19 +112,20 @@ def _find(path: str, option: str) -> list[_Found]:
     return found
 
 
-def _look_at(path: Path) -> list[_Found]:
+def _look_at(path: Path, named: bool = True) -> list[_Found]:
     """``path`` itself if it is a file or a saved data set, else what lies in the folder, at any depth."""
     if path.is_file():
-        return [_Found(path, _FORMAT_OF_SUFFIX.get(path.suffix), named=True)]
+        known = path.suffix in _FORMAT_OF_SUFFIX
+        compressed = path.suffix in _COMPRESSED and Path(path.stem).suffix in _FORMAT_OF_SUFFIX
+        if not (named or known or compressed):
+            return []
+        return [_Found(path, _FORMAT_OF_SUFFIX.get(path.suffix), named)]
     if any((path / name).is_file() for name in _SAVED_DATASET):
-        return [_Found(path, "datasets", named=True)]
-    inside = sorted(file for file in path.rglob("*") if file.is_file())
-    visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        return [_Found(path, "datasets", named)]
+    inside = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
+    # Links to folders are left out: they may lead back here.
     return [
-        _Found(file, _FORMAT_OF_SUFFIX.get(file.suffix), named=False)
-        for file in visible
-        if file.suffix in _FORMAT_OF_SUFFIX
-        or (file.suffix in _COMPRESSED and Path(file.stem).suffix in _FORMAT_OF_SUFFIX)
+        one for child in inside if child.is_file() or not child.is_symlink() for one in _look_at(child, named=False)
     ]
 
 

@@ -1,6 +1,8 @@
 """Rows are found in every format, at random, with their places; what is not there or not clear is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -48,7 +50,7 @@ def write_text(folder: Path) -> tuple[str, list[str]]:
 def write_datasets(folder: Path) -> tuple[str, list[str]]:
     for name, texts in (("a", TEXTS[:2]), ("b", TEXTS[2:])):
         datasets.Dataset.from_dict({"text": texts, "other": texts}).save_to_disk(folder / name)
-    return f"{folder}/[ab]", [f"{folder}/a#0", f"{folder}/a#1", *(f"{folder}/b#{row}" for row in range(3))]
+    return str(folder), [f"{folder}/a#0", f"{folder}/a#1", *(f"{folder}/b#{row}" for row in range(3))]
 
 
 WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet, "text": write_text, "datasets": write_datasets}
@@ -136,6 +138,8 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent.jsonl").startswith(f"data.eval_path={tmp_path}/absent.jsonl does not exist")
     assert "has no data: no file there has a name that ends in one of .jsonl" in refusal(tmp_path)
     assert "has no data" in refusal(tmp_path / "*.parquet")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "broken.jsonl").symlink_to(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     assert refusal(tmp_path).endswith("is empty: 1 jsonl files without a row")
     assert "has nothing of data.format=text (.txt .md)" in refusal(tmp_path, format="text")
@@ -178,3 +182,11 @@ def test_parquet_files_that_do_not_go_together(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": [{"deep": 1}]}), tmp_path / "b.parquet")
     assert "the Parquet files cannot be read together" in refusal(tmp_path)
+
+
+def test_reading_rows_loads_no_torch() -> None:
+    code = (
+        "import sys; import longctx.training.data.documents, longctx.training.data.order, longctx.training.data.jsonl;"
+        "import longctx.training.data.text_files, longctx.training.data.arrow; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
