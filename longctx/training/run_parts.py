@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from longctx.adapters.adapter import add_adapter
+from longctx.errors import CheckpointError, ConfigError
 from longctx.models.checkpoint import inspect_checkpoint
 from longctx.models.tokenizer import load_tokenizer
 from longctx.training.attention import ATTENTION
@@ -41,6 +42,10 @@ class RunParts:
         self.device = choose_device(config.model.device)
         self.spec = inspect_checkpoint(config.model.path, require_weights=config.model.init == "checkpoint")
         tokenizer = load_tokenizer(self.spec, config.data.chat_template)
+        if tokenizer.vocab_size > self.spec.vocab_size:
+            raise CheckpointError(
+                f"{self.spec.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {self.spec.vocab_size}"
+            )
         parallel = config.parallel
         self.world = TrainingWorld(
             place.global_rank, parallel, address=place.master_address, port=place.master_port, device=self.device
@@ -142,7 +147,9 @@ class RunParts:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: a GPU if there is one."""
+    """``auto``: a GPU if there is one. Raises ``ConfigError`` for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda is not allowed: torch finds no GPU for this rank; cpu, or fewer ranks")
     return torch.device(name)
