@@ -77,6 +77,9 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(
+        hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, mlp_size=704, vocab_size=8192
+    ),
     "110m": Shape(hidden_size=768, num_layers=12, num_heads=12, num_kv_heads=4, head_dim=64, mlp_size=3072),
     "450m": Shape(hidden_size=1280, num_layers=24, num_heads=20, num_kv_heads=5, head_dim=64, mlp_size=3328),
     "8b": Shape(

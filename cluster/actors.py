@@ -16,8 +16,8 @@ from cluster.decode_worker import DecodeWorker
 from cluster.prefill_worker import PrefillWorker
 from cluster.rank_worker import RankWorker
 from cluster.ray_handle import RayHandle, find_worker
-from cluster.terminal import log_to_terminal
 from longctx.errors import LongctxError
+from longctx.terminal_log import log_to_terminal
 
 MAX_RESTARTS = 20  # by Ray, after a worker process died; the router makes it load the model again
 PLACE_TIMEOUT_S = 60.0

@@ -124,3 +124,53 @@ class PlanLinksConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     world_size: int = option(4, "ranks to measure, spread over the cluster's nodes", minimum=2)
     file: str = option("links.json", "where the link model is written")
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitConfig:
+    """A job on a Ray cluster."""
+
+    address: str | None = option(
+        None, "its job server, as http://HOST:8265; null: as Ray finds it (RAY_API_SERVER_ADDRESS, or on this machine)"
+    )
+    id: str | None = option(None, "the job's name; null: one that Ray makes up")
+    working_dir: str | None = option(None, "folder that is sent along; the job runs in a copy of it on every node")
+    exclude: list[str] = option([], "files of that folder that stay here, as in .gitignore")
+    pip: list[str] = option([], "packages that are installed for the job on every node")
+    env_vars: dict[str, str] = option({}, "environment variables of the job on every node, as {NAME:VALUE,...}")
+    python: str = option("python", "interpreter on the cluster's nodes that has longctx")
+    follow: bool = option(True, "show what the job prints until it ends; Ctrl-C leaves it running")
+    stop_timeout_s: int = option(
+        600, "seconds that the job may take to save its state when it is stopped, before it is killed", minimum=1
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitCommandConfig:
+    """Everything ``longctx submit`` takes of its own."""
+
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """Everything ``longctx job status`` and ``longctx job stop`` take."""
+
+    id: str | None = option(None, "the job, as longctx submit printed it")
+    address: str | None = option(None, "the job server, as submit.address")
+
+
+@dataclass(frozen=True, slots=True)
+class JobLogsConfig:
+    """Everything ``longctx job logs`` takes."""
+
+    id: str | None = option(None, "the job, as longctx submit printed it")
+    address: str | None = option(None, "the job server, as submit.address")
+    follow: bool = option(True, "until the job ends; false: what there is")
+
+
+@dataclass(frozen=True, slots=True)
+class JobListConfig:
+    """Everything ``longctx job list`` takes."""
+
+    address: str | None = option(None, "the job server, as submit.address")

@@ -10,10 +10,11 @@ from contextlib import suppress
 from typing import Any
 
 from cluster.config import ServeConfig
-from cluster.local_ray import THREAD_ENV, RaySession
+from cluster.local_ray import RaySession
 from cluster.port import check_port
 from cluster.serving import ServedModel
 from longctx.errors import ConfigError, LongctxError
+from longctx.threads import THREAD_ENV
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from cluster.auth import load_keys
 from cluster.config import ServeConfig
 from cluster.preflight import check
 from cluster.serving import ServedModel
+from longctx.cli.stop_signals import STOP_SIGNALS, ForcedStop
 from longctx.errors import LongctxError
 
 logger = logging.getLogger(__name__)
@@ -19,16 +20,10 @@ class StopRequest(BaseException):
     """SIGINT, SIGTERM or SIGHUP came; not an error."""
 
 
-class ForcedStop(KeyboardInterrupt):
-    """A second signal came. A ``KeyboardInterrupt`` itself that passes through ``exec`` of a text, as imports do, makes
-    CPython end with SIGINT instead of the exit code, although it was caught."""
-
-
 def serve(config: ServeConfig) -> int:
     """Serve until a signal comes; returns the exit code."""
     config, model = check(config)
     from cluster.deployment import Deployment  # what it imports takes longer than a mistake deserves
-    from cluster.local_ray import STOP_SIGNALS
 
     deployment = Deployment(config, model)
     stop = threading.Event()

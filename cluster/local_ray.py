@@ -27,7 +27,9 @@ import psutil
 from cluster.config import RayConfig
 from cluster.ray_address import check_address
 from cluster.terminal import show_workers
+from longctx.cli.stop_signals import STOP_SIGNALS
 from longctx.errors import ConfigError, LongctxError
+from longctx.threads import THREAD_ENV
 from parallel.option import parse_size
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,8 @@ TEMP_ROOT = Path("/tmp")  # short: Unix socket names are
 _TEMP_NAME = re.compile(r"longctx-ray-(\d+)-\w+")
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; kill, systemd, containers; a closed terminal
 DAEMONS = ("gcs_server", "raylet")  # of a local Ray: nothing works without them
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-# Where workers share cores, idle threads of one must not take them from the next one: a short spin, then sleep.
-THREAD_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 QUIET_ENV = {
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it takes SIGTERM away from us, and aborts
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -58,10 +57,16 @@ LEAN_ENV = {
 
 
 class RaySession:
-    """A connection to Ray for the life of one command; ``shares_cores``: several workers of a local one compute."""
+    """A connection to Ray for the life of one command.
 
-    def __init__(self, config: RayConfig, *, shares_cores: bool = True) -> None:
-        self._config = config
+    Args:
+        config: which Ray.
+        shares_cores: several workers of a local one compute.
+        address_key: the configuration key of its address, for error messages.
+    """
+
+    def __init__(self, config: RayConfig, *, shares_cores: bool = True, address_key: str = "ray.address") -> None:
+        self._config, self._address_key = config, address_key
         self._env = QUIET_ENV | (THREAD_ENV if shares_cores else {}) | (LEAN_ENV if config.address is None else {})
         self._temp_dir: Path | None = None
         self._temp_lock = -1  # held as long as this process lives
@@ -79,7 +84,7 @@ class RaySession:
         return self._ray is not None and self._ray.is_initialized() and all(_lives(daemon) for daemon in self._daemons)
 
     def start(self) -> None:
-        """Connect, starting a local Ray unless ``ray.address`` is set. Raises ``LongctxError`` saying why it cannot."""
+        """Connect, starting a local Ray unless it has an address. Raises ``LongctxError`` saying why it cannot."""
         for name, value in self._env.items():
             os.environ.setdefault(name, value)
         if self.is_local:
@@ -97,7 +102,7 @@ class RaySession:
                 if address is None:
                     self._start_local()
                 else:
-                    check_address(address)
+                    check_address(address, self._address_key)
                     ray.init(
                         address=address,
                         namespace=self._config.namespace,
@@ -107,7 +112,7 @@ class RaySession:
         except ConfigError:
             raise
         except ConnectionError as error:
-            raise ConfigError(f"ray.address={address!r} cannot be joined: {error}") from None
+            raise ConfigError(f"{self._address_key}={address!r} cannot be joined: {error}") from None
         except Exception as error:  # Ray's reasons are many; each ends the start, and is told
             raise LongctxError(f"Ray cannot be started: {error}") from error
         show_workers()

@@ -2,17 +2,16 @@
 
 import datetime
 import os
-import socket
-from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.node_address import interface_of
 from longctx.errors import LongctxError
+from longctx.training.place import find_port, order_ranks
 
 PLACE_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = 120.0
@@ -24,15 +23,13 @@ class RankActor:
     def where(self) -> tuple[str, str, int]:
         """Node id, address, and a port that is free there."""
         address = ray.util.get_node_ip_address()
-        with socket.create_server((address, 0)) as probe:
-            port = probe.getsockname()[1]
-        return ray.get_runtime_context().get_node_id(), address, port
+        return ray.get_runtime_context().get_node_id(), address, find_port(address)
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> None:
         """Become ``rank`` of a gloo group that meets at rank 0's address."""
         import torch.distributed as dist
 
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(ray.util.get_node_ip_address()))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
         timeout, meeting = datetime.timedelta(seconds=JOIN_TIMEOUT_S), f"tcp://{address}:{port}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timeout)
 
@@ -85,7 +82,7 @@ class RankGroup:
     def _join(self) -> None:
         """Ranks in the order of their nodes meet at the first one."""
         places = ray.get([actor.where.remote() for actor in self._actors])
-        order = _by_node([node for node, _, _ in places])
+        order = order_ranks([node for node, _, _ in places])
         self._actors = [self._actors[index] for index in order]
         _, address, port = places[order[0]]
         size = len(order)
@@ -96,17 +93,3 @@ class RankGroup:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _by_node(nodes: Sequence[str]) -> list[int]:
-    """Indices with those of one node side by side."""
-    first = {node: nodes.index(node) for node in nodes}
-    return sorted(range(len(nodes)), key=lambda index: (first[nodes[index]], index))
-
-
-def _interface_of(address: str) -> str:
-    """The interface that has ``address``: gloo would take the one of the host's name."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == address for each in addresses):
-            return name
-    raise LongctxError(f"no interface of {socket.gethostname()} has the address {address}")

@@ -13,44 +13,48 @@ TOKEN_HINT = (
 )
 
 
-def check_address(address: str) -> None:
-    """Raise ``ConfigError`` saying why the Ray at ``address`` (``HOST:PORT`` or ``auto``) cannot be joined."""
+def check_address(address: str, key: str = "ray.address") -> None:
+    """Raise ``ConfigError`` saying why the Ray at ``address`` (``HOST:PORT`` or ``auto``) cannot be joined; ``key`` is
+    the configuration's."""
+    try:
+        _check(address)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={address!r} cannot be joined: {error}") from None
+
+
+def _check(address: str) -> None:
     if "://" in address:
-        raise _refusal(address, "give HOST:PORT of the head node; Ray Client (ray://) is not enough to run workers")
+        raise ConfigError("give HOST:PORT of the head node; Ray Client (ray://) is not enough to run workers")
     from ray._private import services
 
     try:
         found = services.canonicalize_bootstrap_address(address)
     except (ValueError, ConnectionError, OSError) as error:
-        raise _refusal(address, f"HOST:PORT or auto is expected ({error})") from None
+        raise ConfigError(f"HOST:PORT or auto is expected ({error})") from None
     if found is None:
-        raise _refusal(address, "no running Ray was found on this machine")
-    _ask(address, found)
+        raise ConfigError("no running Ray was found on this machine")
+    _ask(found)
 
 
-def _ask(address: str, target: str) -> None:
+def _ask(target: str) -> None:
     """One call to the head node, with this process's token."""
     if os.environ.get("RAY_USE_TLS", "0") != "0":  # Ray's certificates are Ray's to check
         return
     with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(METHOD)(b"", timeout=TIMEOUT_S, metadata=_read_token(address))
+            channel.unary_unary(METHOD)(b"", timeout=TIMEOUT_S, metadata=_read_token())
         except grpc.RpcError as error:
             code, details = error.code(), error.details()  # type: ignore[attr-defined] - RpcError is a Call here
             if code is grpc.StatusCode.UNAUTHENTICATED:
-                raise _refusal(address, f"the cluster refuses this token, or its lack; {TOKEN_HINT}") from None
-            raise _refusal(address, f"no Ray answers at {target} ({details})") from None
+                raise ConfigError(f"the cluster refuses this token, or its lack; {TOKEN_HINT}") from None
+            raise ConfigError(f"no Ray answers at {target} ({details})") from None
 
 
-def _read_token(address: str) -> tuple[tuple[str, str], ...]:
+def _read_token() -> tuple[tuple[str, str], ...]:
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] - Cython, without stubs
     from ray.exceptions import AuthenticationError
 
     try:
         return tuple(AuthenticationTokenLoader.instance().get_token_for_http_header().items())
     except AuthenticationError:
-        raise _refusal(address, f"RAY_AUTH_MODE=token, and no token is found; {TOKEN_HINT}") from None
-
-
-def _refusal(address: str, reason: str) -> ConfigError:
-    return ConfigError(f"ray.address={address!r} cannot be joined: {reason}")
+        raise ConfigError(f"RAY_AUTH_MODE=token, and no token is found; {TOKEN_HINT}") from None

@@ -19,8 +19,8 @@ from cluster.listener import ENDING_S, Listener
 from cluster.ray_handle import find_worker
 from cluster.router import Router
 from cluster.serving import ServedModel
-from cluster.terminal import log_to_terminal
 from longctx.errors import ConfigError
+from longctx.terminal_log import log_to_terminal
 
 MAX_ONGOING = 100_000  # ours to refuse (server.max_requests), with an answer that says so
 GRACE_S = 3.0

@@ -1,35 +1,16 @@
-"""What workers log, on the terminal of ``longctx serve``: our own lines alone, one per line, named by who says them.
+"""What Ray's processes print, on the terminal of the command that started them: our own lines alone.
 
 Ray brings everything that its processes print. Of that, the terminal gets lines with our mark; Ray's and Serve's own
 talk, progress bars and the like stay in Ray's log files. Uses two private names of Ray, which has no public way to
 replace how it prints; where they are missing, Ray prints as it likes.
 """
 
-import logging
 import sys
 from typing import Any
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-MARK = "longctx| "  # begins each line of a record
+from longctx.terminal_log import MARK
+
 RAY_HANDLER = "ray_print_logs"
-
-
-class MarkedFormatter(logging.Formatter):
-    """Marks every line of a record, tracebacks included."""
-
-    def __init__(self, speaker: str) -> None:
-        super().__init__(LOG_FORMAT.replace("%(name)s", f"{speaker.replace('%', '%%')} %(name)s"))
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See ``logging.Formatter``."""
-        return "\n".join(MARK + line for line in super().format(record).splitlines())
-
-
-def log_to_terminal(speaker: str, level: int) -> None:
-    """In a process of Ray: send what is logged from ``level`` on to the terminal, as said by ``speaker``."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(MarkedFormatter(speaker))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def show_workers() -> None:

@@ -19,6 +19,7 @@ from parallel.option import allowed, check
 T = TypeVar("T")
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+EXPERIMENT = "experiment"  # a group whose files set keys of all the others
 _SHOWN_KEYS = 12  # keys listed in an error
 
 
@@ -37,11 +38,25 @@ def compose(root: type[T], config_name: str, overrides: list[str], *, config_dir
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
     folders = [CONFIG_FOLDER, *([config_dir.resolve()] if config_dir else [])]
-    arguments = [_check_override(text, root, folders) for text in overrides]
+    has_experiments = takes_experiments(config_name)
+    arguments = [_check_override(text, root, folders, has_experiments) for text in overrides]
     if config_dir is not None:
         arguments.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
     values = _run_hydra(config_name, arguments)
-    return _build(root, values, "")
+    if has_experiments and isinstance(values.get(EXPERIMENT), dict):
+        raise ConfigError(
+            "a file of the group experiment sets keys of other groups: it begins with # @package _global_"
+        )
+    return build(root, values, "")
+
+
+def takes_experiments(config_name: str) -> bool:
+    """Whether the defaults of a primary YAML name the group ``experiment``."""
+    from omegaconf import OmegaConf
+
+    primary = OmegaConf.to_container(OmegaConf.load(CONFIG_FOLDER / f"{config_name}.yaml"))
+    assert isinstance(primary, dict)
+    return any(EXPERIMENT in entry for entry in primary.get("defaults", []))
 
 
 def list_keys(root: type) -> dict[str, dataclasses.Field[Any]]:
@@ -56,9 +71,15 @@ def list_keys(root: type) -> dict[str, dataclasses.Field[Any]]:
     return keys
 
 
-def list_options(group: str, folders: list[Path]) -> list[str]:
+def list_options(folder: str, roots: list[Path]) -> list[str]:
     """Names of the YAML files of one group."""
-    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+    return sorted({path.stem for root in roots for path in (root / folder).glob("*.yaml")})
+
+
+def folder_of(root: type, group: str) -> str:
+    """Where the YAML files of a group are: two commands whose groups share a name, but not the keys, need two."""
+    fields = {field.name: field for field in dataclasses.fields(root)}
+    return fields[group].metadata.get("folder", group) if group in fields else group
 
 
 def describe_type(root: type, name: str) -> str:
@@ -84,7 +105,7 @@ def _run_hydra(config_name: str, arguments: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _check_override(text: str, root: type, folders: list[Path]) -> str:
+def _check_override(text: str, root: type, folders: list[Path], has_experiments: bool) -> str:
     """The override as Hydra takes it; raises ``ConfigError`` if its key or group option does not exist."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -98,11 +119,13 @@ def _check_override(text: str, root: type, folders: list[Path]) -> str:
     if override.is_delete() or override.is_sweep_override():
         raise ConfigError(f"{text!r} is not allowed: give one value, as {key}=VALUE (quote a value that holds a comma)")
     groups = [field.name for field in dataclasses.fields(root) if _group_of(root, field.name)]
-    if key in groups:
-        options = list_options(key, folders)
+    if key in groups or (has_experiments and key == EXPERIMENT):
+        folder = folder_of(root, key)
+        options = list_options(folder, folders)
         if override.value() not in options:
-            raise ConfigError(f"{key}={override.value()} is not allowed; allowed for {key}: {', '.join(options)}")
-        return f"{key}={override.value()}"
+            there = ", ".join(options) or "none; put NAME.yaml into the folder experiment of your --config-dir"
+            raise ConfigError(f"{key}={override.value()} is not allowed; allowed for {key}: {there}")
+        return f"{key}={override.value()}" if folder == key else f"{folder}@{key}={override.value()}"
     keys = list_keys(root)
     if key not in keys:
         raise ConfigError(_explain_unknown(key, list(keys), groups))
@@ -142,7 +165,7 @@ def _explain_unknown(key: str, keys: list[str], groups: list[str]) -> str:
     return f"{key} is unknown{suggestion}{listed}"
 
 
-def _build(kind: type[T], values: dict[str, Any], prefix: str) -> T:
+def build(kind: type[T], values: dict[str, Any], prefix: str) -> T:
     """An object of the dataclass ``kind``; ``values`` may leave fields out."""
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -157,7 +180,7 @@ def _build(kind: type[T], values: dict[str, Any], prefix: str) -> T:
         if group is not None:
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{name}={value!r} is not allowed: {name} is a group of keys")
-            arguments[name] = _build(group, value or {}, f"{prefix}{name}.")
+            arguments[name] = build(group, value or {}, f"{prefix}{name}.")
             continue
         arguments[name] = _convert(value, hints[name], prefix + name, fields[name])
     try:
@@ -180,6 +203,9 @@ def _convert(value: Any, hint: Any, key: str, field: dataclasses.Field[Any]) -> 
                 isinstance(item, taken) and not isinstance(item, bool) for item in value
             ):
                 return [item_kind(item) for item in value]
+        elif get_origin(kind) is dict:  # of text, by name
+            if isinstance(value, dict) and all(isinstance(item, str | int | float) for item in value.values()):
+                return {str(name): str(item) for name, item in value.items()}
         elif kind is str:
             if isinstance(value, bool) and str(value).lower() in (field.metadata.get("choices") or ()):
                 return str(value).lower()  # of auto, true, false
@@ -209,7 +235,7 @@ def _type_text(hint: Any) -> str:
         return " or ".join(_type_text(kind) for kind in get_args(hint))
     if get_origin(hint) is list:
         return "a list, as [a,b]" if get_args(hint) == (str,) else "a list of whole numbers, as [4,2]"
-    return names.get(hint, str(hint))
+    return "names with values, as {A:1,B:2}" if get_origin(hint) is dict else names.get(hint, str(hint))
 
 
 def _group_of(root: Any, name: str) -> Any:

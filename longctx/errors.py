@@ -13,6 +13,14 @@ class CheckpointError(LongctxError, ValueError):
     """A model folder cannot be served; the text names the folder, the file or field, and the reason."""
 
 
+class TrainingError(LongctxError):
+    """Training cannot go on, and would fail again: the text says in which step, on which rows, and what is left."""
+
+
+class DataError(LongctxError, ValueError):
+    """A row of data cannot be trained on; the text names the file, the line and the reason."""
+
+
 class RequestError(LongctxError, ValueError):
     """A request cannot be served as it stands.
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.carrier import Carrier, ExchangeError, drive, open_carrier
+from parallel.exchange import Held, Key
+from parallel.kept_attention import current_kept_attention
 from parallel.layout import LAYOUTS
 from parallel.links import LinkModel
 from parallel.mask import Mask
@@ -83,17 +86,25 @@ def sequence_parallel_attention(
         ValueError: for arguments that do not go together, on every rank and before any query or key is sent.
         ExchangeError: if a peer is lost or stalls; it names rank, step and peer. Make a new group, then call again.
     """
+    kept = current_kept_attention()
+    if kept is not None and kept.replays:
+        out, lse = _Attention.apply(q, k, v, *kept.take())
+        return (out, lse.transpose(1, 2)) if return_lse else out
     bounds, layout_bounds = (None if x is None else tuple(map(int, x)) for x in (cu_seqlens, layout_cu_seqlens))
-    choices = _Choices(plan, causal, bounds, window, layout, layout_bounds, scale, num_nodes, links or LinkModel())
+    choices = _Choices(
+        plan, causal, bounds, window, layout, layout_bounds, scale, num_nodes, links or LinkModel(), kept is None
+    )
     if trace is not None and q.device.type != "cpu":
         raise ValueError(f"trace with tensors on {q.device.type} is not allowed: it shows what a CPU does")
     carrier = open_carrier(group, q.device)
     problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), timeout_s))
-    exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled())
+    exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled(), may_keep=choices.may_keep)
     folder = None if trace is None else Path(trace)
     kernel = choose_kernel(q.device, q.dtype, q.shape[3])
     run = _Run(exchange_plan, carrier, kernel, scale or q.shape[-1] ** -0.5, timeout_s, folder)
-    out, lse = _Attention.apply(q, k, v, run)
+    out, lse = _Attention.apply(q, k, v, run, None)
+    if kept is not None:
+        kept.keep(run, out, lse)
     return (out, lse.transpose(1, 2)) if return_lse else out
 
 
@@ -115,6 +126,7 @@ class _Choices:
     scale: float | None
     num_nodes: int
     links: LinkModel
+    may_keep: bool  # what arrives, for the backward
 
     def check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Raise ``ValueError`` for what makes no sense on this rank alone."""
@@ -200,7 +212,7 @@ def _agree(
             raise ValueError(
                 f"rank {rank} was called with other arguments than rank {carrier.rank}: plan, causal, cu_seqlens, "
                 "window, layout, layout_cu_seqlens, scale, num_nodes, links, dtype, batch, heads and head_dim must be "
-                "equal"
+                "equal, and whether results are kept for a recomputation"
             )
     return [(num_q, num_kv, num_kv_heads) for _, _, num_q, num_kv, num_kv_heads in everyone]
 
@@ -231,33 +243,52 @@ class _Run:
 
 
 class _Attention(torch.autograd.Function):
+    """Everything that the backward needs is saved as autograd saves it, so that checkpointing can drop it."""
+
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: _Run
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        run: _Run,
+        past: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rank = run.carrier.rank
-        with run.watch("forward") as (carrier, kernel):
-            has_backward = any(ctx.needs_input_grad)
-            forward = Forward(run.plan, rank, carrier, kernel, q, k, v, run.scale, has_backward=has_backward)
-            drive(forward.run(), rank, run.timeout_s)
-        ctx.save_for_backward(q, k, v, forward.out, forward.lse)
-        ctx.run, ctx.kept = run, forward.kept
+        kept: dict[Key, Held] = {}
+        if past is None:
+            rank = run.carrier.rank
+            with run.watch("forward") as (carrier, kernel):
+                has_backward = any(ctx.needs_input_grad)
+                forward = Forward(run.plan, rank, carrier, kernel, q, k, v, run.scale, has_backward=has_backward)
+                drive(forward.run(), rank, run.timeout_s)
+            out, lse, kept = forward.out.to(q.dtype, copy=True), forward.lse, forward.kept
+            if run.plan.may_keep:
+                saved_out = forward.out
+            else:  # out of the buffer that lse shares with the unrounded output, which is not to live on
+                saved_out, lse = out, lse.clone()
+        else:
+            out, lse = past
+            saved_out = out
+        ctx.run, ctx.kept_rows = run, [(key, held.rows, len(held.tensors)) for key, held in kept.items()]
+        ctx.save_for_backward(q, k, v, saved_out, lse, *(tensor for held in kept.values() for tensor in held.tensors))
         ctx.set_materialize_grads(False)
-        return forward.out.to(q.dtype, copy=True), forward.lse
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         run, rank = ctx.run, ctx.run.carrier.rank
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *arrived = ctx.saved_tensors
+        tensors = iter(arrived)
+        kept = {key: Held(rows, tuple(islice(tensors, count))) for key, rows, count in ctx.kept_rows}
         dout, dlse = grad_outputs
         if dout is None:
             raise ValueError("a gradient of the log-sum-exp without one of the output is not supported")
         dout = dout.contiguous()
         # dS = P * (dP - delta + dlse), since the log-sum-exp's gradient by a score is that score's P.
-        delta = (dout.to(out.dtype) * out).sum(-1)
+        delta = (dout.to(lse.dtype) * out).sum(-1)
         if dlse is not None:
             delta -= dlse
         with run.watch("backward") as (carrier, kernel):
-            backward = Backward(run.plan, rank, carrier, kernel, q, k, v, dout, lse, delta, run.scale, ctx.kept)
+            backward = Backward(run.plan, rank, carrier, kernel, q, k, v, dout, lse, delta, run.scale, kept)
             drive(backward.run(), rank, run.timeout_s)
-        return backward.dq.to(q.dtype), backward.dk.to(k.dtype), backward.dv.to(v.dtype), None
+        return backward.dq.to(q.dtype), backward.dk.to(k.dtype), backward.dv.to(v.dtype), None, None

@@ -22,7 +22,7 @@ def option(
     """A dataclass field with a default and a one-line comment.
 
     Args:
-        default: the value without an override; a list is copied for each object.
+        default: the value without an override; a list or dictionary is copied for each object.
         comment: what the key means, with its unit.
         minimum, maximum: inclusive bounds.
         above: exclusive lower bound.
@@ -37,8 +37,8 @@ def option(
         "choices": choices,
         "parse": parse,
     }
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -174,12 +174,13 @@ class Return:
 
 @dataclass(frozen=True)
 class Plan:
-    """Works and moves in the order of their steps."""
+    """Works and moves in the order of their steps; ``may_keep``: see ``keeps``."""
 
     name: str
     problem: Problem
     works: tuple[Work, ...]
     moves: tuple[Move, ...]
+    may_keep: bool = True
 
     @cached_property
     def num_steps(self) -> int:
@@ -203,7 +204,9 @@ class Plan:
     @cached_property
     def keeps(self) -> bool:
         """Whether ranks keep for the backward what the forward brought them, which then does not travel again: where
-        that is no more than they hold themselves."""
+        that is no more than they hold themselves, and allowed."""
+        if not self.may_keep:
+            return False
         problem, received = self.problem, [0] * self.problem.world_size
         for move in self.moves:
             received[move.destination] += self.move_bytes(move)

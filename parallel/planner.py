@@ -1,7 +1,7 @@
 """Picks the exchange plan that a link model says is fastest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from parallel.links import LinkModel
@@ -31,12 +31,12 @@ class Candidate:
         return self.forward.num_bytes + (self.backward.num_bytes if self.backward else 0)
 
 
-def rank_plans(problem: Problem, links: LinkModel, *, backward: bool) -> list[Candidate]:
+def rank_plans(problem: Problem, links: LinkModel, *, backward: bool, may_keep: bool = True) -> list[Candidate]:
     """Every plan that can do the problem, the fastest first; of equals the one with fewer bytes."""
     candidates = []
     for name in PLANS:
         try:
-            plan = PLANS.get(name)(problem)
+            plan = replace(PLANS.get(name)(problem), may_keep=may_keep)
         except ValueError:  # this one cannot do it
             continue
         back = predict(plan, links, backward=True) if backward else None
@@ -50,11 +50,11 @@ def pick(candidates: Sequence[Candidate]) -> Candidate:
     return min((each for each in candidates if each.seconds <= limit), key=lambda each: each.num_bytes)
 
 
-def plan_anew(name: str, problem: Problem, links: LinkModel, *, backward: bool = False) -> Plan:
+def plan_anew(name: str, problem: Problem, links: LinkModel, *, backward: bool = False, may_keep: bool = True) -> Plan:
     """The plan ``name``, or for ``auto`` the one to run. Raises ``ValueError`` if it is unknown or cannot do it."""
     if name == "auto":
-        return pick(rank_plans(problem, links, backward=backward)).plan
-    return PLANS.get(name)(problem)
+        return pick(rank_plans(problem, links, backward=backward, may_keep=may_keep)).plan
+    return replace(PLANS.get(name)(problem), may_keep=may_keep)
 
 
 make_plan = lru_cache(maxsize=256)(plan_anew)  # for problems that come again

@@ -9,6 +9,12 @@ from importlib import import_module
 from typing import Any
 
 
+def load(target: str) -> Any:
+    """The object behind ``"module:attribute"``."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 class Registry:
     """Implementations of one kind, by name.
 
@@ -30,8 +36,7 @@ class Registry:
         """The object behind ``name``; raises ``ValueError`` that lists the names there are."""
         if name not in self._entries:
             raise ValueError(f"{self.kind} {name!r} is unknown; allowed: {', '.join(self)}")
-        module, _, attribute = self._entries[name].partition(":")
-        return getattr(import_module(module), attribute)
+        return load(self._entries[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 import longctx
-from longctx.cli.commands import COMMANDS, load
+from longctx.cli.commands import COMMANDS
 from longctx.config import list_keys
+from parallel.registry import load
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("longctx", "parallel", "memory", "cluster", "configs")
 TIMEOUT_S = 600.0  # the package index may be slow
 COMPOSE = """
 import sys
-from longctx.cli.commands import COMMANDS, load
+from longctx.cli.commands import COMMANDS
 from longctx.config import compose
+from parallel.registry import load
 name, *overrides = sys.argv[1:]
 print(compose(load(COMMANDS[name].root), COMMANDS[name].config_name, overrides))
 """
@@ -116,12 +118,16 @@ def test_help_of_a_command_lists_its_keys(installed, tmp_path, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_hydra_composes_from_the_wheel(installed, tmp_path, name):
-    keys = list_keys(load(COMMANDS[name].root)).items()
-    key, field = next((key, field) for key, field in keys if field.type is int and field.metadata["minimum"])
-    value = field.metadata["minimum"] + 1
-    done = run([installed / "python", "-c", COMPOSE, name, f"{key}={value}"], tmp_path)
+    keys = list_keys(load(COMMANDS[name].root))
+    bounded = [key for key, field in keys.items() if field.type is int and field.metadata["minimum"]]
+    values = {key: keys[key].metadata["minimum"] + 1 for key in bounded[:1]}
+    done = run(
+        [installed / "python", "-c", COMPOSE, name, *(f"{key}={value}" for key, value in values.items())], tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    assert f"{field.name}={value}" in done.stdout
+    assert load(COMMANDS[name].root).__name__ in done.stdout
+    for key, value in values.items():
+        assert f"{keys[key].name}={value}" in done.stdout
 
 
 def test_groups_compose_from_the_wheel(installed, tmp_path):

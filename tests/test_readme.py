@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from longctx.cli.commands import COMMANDS, load
+from longctx.cli.commands import COMMANDS
 from longctx.config import compose
+from parallel.registry import load
 from tests.cli_server import launch
 
 ROOT = Path(__file__).parent.parent
@@ -84,12 +85,15 @@ def test_every_command_is_told(name):
 
 def test_every_override_that_is_told_exists():
     lines = re.findall(r"^    longctx (.+?)(?:  +#|$)", README, re.M) + re.findall(r"`([^`\n]+)`", README)
-    words = [
-        word for line in lines for word in shlex.split(line) if re.match(r"[a-z_.]+=", word) and word != "key=value"
+    told = [
+        (line.removeprefix("longctx ").split(" ")[0], word)
+        for line in lines
+        for word in shlex.split(line)
+        if re.match(r"[a-z_.]+=", word) and word != "key=value"
     ]
-    assert {"model.path=DIR", "transport=tcp", "generate.prompt_file=FILE"} <= set(words)
-    for word in words:
-        name = "generate" if word.startswith("generate.") else "serve"
+    assert {"model.path=DIR", "transport=tcp", "generate.prompt_file=FILE"} <= {word for _, word in told}
+    for command, word in told:
+        name = command if command in COMMANDS else "generate" if word.startswith("generate.") else "serve"
         compose(load(COMMANDS[name].root), name, [word])
 
 

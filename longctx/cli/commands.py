@@ -1,8 +1,6 @@
 """The table of commands. Targets are ``"module:attribute"`` strings: nothing is imported before its command runs."""
 
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,13 +8,17 @@ class Command:
     """One command.
 
     ``root`` is the dataclass of its configuration, ``entry`` a function of such an object that returns the exit code.
-    A name may be two words. The primary YAML is ``configs/<name>.yaml``, with ``_`` between words.
+    A name may be two words. The primary YAML is ``configs/<name>.yaml``, with ``_`` between words. ``sweep``, where
+    ``-m`` is allowed, is a function of the configurations of all runs, each with the overrides that tell it from the
+    others. A carrier takes another command line after its own keys; its entry gets that, too.
     """
 
     name: str
     comment: str
     root: str
     entry: str
+    sweep: str | None = None
+    is_carrier: bool = False
 
     @property
     def config_name(self) -> str:
@@ -46,6 +48,44 @@ COMMANDS = {
             "cluster.status:status",
         ),
         Command(
+            "train",
+            "train or fine-tune a model over data and sequence parallel ranks, here or on a Ray cluster",
+            "longctx.training.config:TrainConfig",
+            "longctx.cli.train:train",
+            sweep="longctx.cli.train:sweep",
+        ),
+        Command(
+            "submit",
+            "run a longctx command as a job of a Ray cluster: longctx submit train key=value ...",
+            "cluster.config:SubmitCommandConfig",
+            "cluster.jobs:submit",
+            is_carrier=True,
+        ),
+        Command(
+            "job status",
+            "show the state of a job that was submitted",
+            "cluster.config:JobConfig",
+            "cluster.jobs:show_status",
+        ),
+        Command(
+            "job logs",
+            "show what a job prints",
+            "cluster.config:JobLogsConfig",
+            "cluster.jobs:show_logs",
+        ),
+        Command(
+            "job stop",
+            "let a job save its state and end",
+            "cluster.config:JobConfig",
+            "cluster.jobs:stop",
+        ),
+        Command(
+            "job list",
+            "list the jobs of a Ray cluster",
+            "cluster.config:JobListConfig",
+            "cluster.jobs:list_jobs",
+        ),
+        Command(
             "plan attention",
             "show what each exchange plan of a sequence parallel attention moves, and how long it takes",
             "longctx.cli.plan_config:PlanAttentionConfig",
@@ -59,9 +99,3 @@ COMMANDS = {
         ),
     )
 }
-
-
-def load(target: str) -> Any:
-    """The object behind ``"module:attribute"``."""
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-from longctx.cli.commands import COMMANDS, Command, load
-from longctx.config import CONFIG_FOLDER, list_keys, list_options
+from longctx.cli.commands import COMMANDS, Command
+from longctx.config import CONFIG_FOLDER, EXPERIMENT, folder_of, list_keys, list_options, takes_experiments
 from parallel.option import allowed
+from parallel.registry import load
 
 _KEY_WIDTH = 40
 
@@ -13,7 +14,7 @@ _KEY_WIDTH = 40
 def describe_commands() -> str:
     """The text of ``longctx --help``."""
     width = max(len(name) for name in COMMANDS) + 2
-    lines = ["usage: longctx <command> [--config-dir DIR] [--traceback] [key=value ...]", "", "commands:"]
+    lines = ["usage: longctx <command> [--config-dir DIR] [--cfg job] [--traceback] [key=value ...]", "", "commands:"]
     lines += [f"  {command.name:<{width}}{command.comment}" for command in COMMANDS.values()]
     lines += ["", "longctx <command> --help lists the command's keys; longctx --version prints the version."]
     return "\n".join(lines)
@@ -21,19 +22,25 @@ def describe_commands() -> str:
 
 def describe_keys(command: Command) -> str:
     """The text of ``longctx <command> --help``."""
-    lines = [
-        f"usage: longctx {command.name} [--config-dir DIR] [--traceback] [key=value ...]",
-        "",
-        command.comment,
-        "",
+    lines = [f"usage: longctx {command.name} [flags] [key=value ...]", "", command.comment, ""]
+    if command.is_carrier:
+        lines[0] += " <command> [flags] [key=value ...]"
+    lines += [
         "  --config-dir DIR   a folder of your own YAML, laid out as longctx's configs",
+        "  --cfg job          print the configuration and end",
         "  --traceback        show where an error came from",
     ]
+    if command.sweep is not None:
+        lines.append("  -m, --multirun     one run after the other for each combination of key=A,B")
+    root = load(command.root)
+    if takes_experiments(command.config_name):
+        there = ", ".join(list_options(EXPERIMENT, [CONFIG_FOLDER])) or "NAME.yaml of your own"
+        lines += ["", f"{EXPERIMENT}=NAME sets keys of several groups: {there}"]
     group = None
-    for key, field in list_keys(load(command.root)).items():
+    for key, field in list_keys(root).items():
         if key.rpartition(".")[0] != group:
             group = key.rpartition(".")[0]
-            lines += ["", *_describe_group(group)]
+            lines += ["", *_describe_group(group, folder_of(root, group))]
         shown = f"  {key}={_show(field)}"
         gap = "\n" + " " * _KEY_WIDTH if len(shown) >= _KEY_WIDTH else " " * (_KEY_WIDTH - len(shown))
         bounds = allowed(field.metadata)
@@ -41,8 +48,8 @@ def describe_keys(command: Command) -> str:
     return "\n".join(lines)
 
 
-def _describe_group(group: str) -> list[str]:
-    options = list_options(group, [CONFIG_FOLDER]) if group else []
+def _describe_group(group: str, folder: str) -> list[str]:
+    options = list_options(folder, [CONFIG_FOLDER]) if group else []
     return [f"{group}:" + (f"  ({group}=NAME takes {', '.join(options)})" if options else "")] if group else []
 
 

@@ -3,21 +3,22 @@
 Keys and values are checked before anything heavy is imported: a mistake costs a fraction of a second.
 """
 
-import difflib
 import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 
 import longctx
-from longctx.cli.commands import COMMANDS, Command, load
+from longctx.cli.command_line import parse
 from longctx.cli.help import describe_commands, describe_keys
+from longctx.cli.sweep import Run, expand_sweep
 from longctx.config import compose
+from longctx.config_text import to_yaml
 from longctx.errors import CheckpointError, ConfigError, LongctxError
+from longctx.terminal_log import LOG_FORMAT
+from parallel.registry import load
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,40 +45,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    command, rest = _find_command(words)
-    if any(word in ("-h", "--help") for word in rest):
+    line = parse(words)
+    command = line.command
+    if line.shows_help:
         print(describe_keys(command))
         return 0
-    rest, config_dir = _take_config_dir(rest)
-    config = compose(load(command.root), command.config_name, rest, config_dir=config_dir)
+    root = load(command.root)
+    runs = expand_sweep(line.overrides) if line.sweeps else [Run((), line.overrides)]
+    configs = [compose(root, command.config_name, run.overrides, config_dir=line.config_dir) for run in runs]
+    if line.shows_config:
+        print("---\n".join(to_yaml(config) for config in configs), end="")
+        return 0
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our worker processes do not mix
-    return load(command.entry)(config)
-
-
-def _find_command(words: list[str]) -> tuple[Command, list[str]]:
-    """The command that the first word or two name, and the words after it."""
-    for count in (2, 1):
-        if (command := COMMANDS.get(" ".join(words[:count]))) is not None:
-            return command, words[count:]
-    begun = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    name = " ".join(words[: 2 if begun else 1])
-    close = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"command {name!r} is unknown{hint}; allowed: {', '.join(begun or COMMANDS)}")
-
-
-def _take_config_dir(words: list[str]) -> tuple[list[str], Path | None]:
-    for i, word in enumerate(words):
-        if word == "--config-dir":
-            if i + 1 == len(words):
-                raise ConfigError("--config-dir needs a folder")
-            return words[:i] + words[i + 2 :], Path(words[i + 1])
-        if word.startswith("--config-dir="):
-            return words[:i] + words[i + 1 :], Path(word.partition("=")[2])
-    return words, None
+    if line.sweeps:
+        return load(command.sweep or "")([(config, run.swept) for config, run in zip(configs, runs, strict=True)])
+    return load(command.entry)(configs[0], *([line.carried] if command.is_carrier else []))
 
 
 def _fail(message: str, code: int, shows_traceback: bool) -> int:

@@ -64,15 +64,8 @@ def load_model(
     Raises:
         CheckpointError: if weights are missing, left over or of the wrong shape.
     """
-    try:
-        config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{spec.path}: config.json is refused by transformers: {error}") from error
-    with _TRANSFORMERS_LOCK:
-        if random_weights_seed is None:
-            model = _read_weights(spec, dtype)
-        else:
-            model = _make_weights(config, dtype, device, random_weights_seed)
+    config = read_transformers_config(spec)
+    model = build_model(spec, config, dtype=dtype, device=device, random_weights_seed=random_weights_seed)
     if adapter is not None:
         apply_adapter(model, adapter)
     model.eval().requires_grad_(False)
@@ -80,11 +73,30 @@ def load_model(
     return LoadedModel(spec, config, model, rotary, dtype, device)
 
 
-def _read_weights(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+def read_transformers_config(spec: ModelSpec) -> Any:
+    """The checkpoint's configuration as transformers has it; raises ``CheckpointError`` if it refuses."""
+    try:
+        return AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{spec.path}: config.json is refused by transformers: {error}") from error
+
+
+def build_model(
+    spec: ModelSpec, config: Any, *, dtype: torch.dtype, device: torch.device, random_weights_seed: int | None = None
+) -> PreTrainedModel:
+    """A transformers model of ``spec``'s weights that is otherwise as ``config`` says. See ``load_model``."""
+    with _TRANSFORMERS_LOCK:
+        if random_weights_seed is None:
+            return _read_weights(spec, config, dtype)
+        return _make_weights(config, dtype, device, random_weights_seed)
+
+
+def _read_weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 spec.path,
+                config=config,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,

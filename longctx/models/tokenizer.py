@@ -5,7 +5,9 @@ releases the interpreter's lock and changes no state, so that threads can share 
 imports torch, which the HTTP endpoint does without. Left out: SentencePiece files without a tokenizer.json.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from longctx.models.checkpoint import ModelSpec
 SLICE_CHARACTERS_PER_TOKEN = 8  # of texts that may fit, few have more
 MAX_SLICE_CHARACTERS = 1 << 20
 SLICE_SLACK_TOKENS = 16  # a cut may add a few tokens
+_ANCHOR = "\n"  # a token of its own where a space is put before texts
 
 
 class Tokenizer:
@@ -46,6 +49,23 @@ class Tokenizer:
             template = template.get("default")
         return template
 
+    @property
+    def end_token_id(self) -> int | None:
+        """What ends a text; if several ids do, the tokenizer's own EOS."""
+        own = self._wrapper.eos_token_id
+        return own if isinstance(own, int) else min(self.eos_token_ids, default=None)
+
+    @cached_property
+    def begin_token_ids(self) -> list[int]:
+        """What the checkpoint puts before a text (BOS), often nothing."""
+        around_nothing = self.encode("")
+        return around_nothing[:-1] if around_nothing[-1:] == [self.end_token_id] else around_nothing
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Special tokens as they stand in a text."""
+        return tuple(token.content for token in self._wrapper.added_tokens_decoder.values() if token.special)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``, with the special tokens (BOS) that the checkpoint puts around a text.
 
@@ -56,6 +76,22 @@ class Tokenizer:
             return self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError):
             raise RequestError("the prompt is not valid Unicode text", param="prompt") from None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of valid Unicode texts, without special tokens around them."""
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_spans(self, text: str, *, continues: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Like one text of ``encode_batch``, and each token's characters, ``[start, end)`` in ``text``.
+
+        Tokens of one character's bytes all have that character. A text that ``continues`` another one gets no space
+        before it from tokenizers that put one before every text (SentencePiece).
+        """
+        anchor = _ANCHOR if continues and self._puts_space_before else ""
+        encoding = self._rust_without_trimming.encode_batch([anchor + text], add_special_tokens=False)[0]
+        num_dropped = sum(start < len(anchor) for start, _ in encoding.offsets)
+        places = [(start - len(anchor), end - len(anchor)) for start, end in encoding.offsets[num_dropped:]]
+        return encoding.ids[num_dropped:], places
 
     def exceeds(self, text: str, num_tokens: int) -> bool:
         """Whether ``text`` surely has more than ``num_tokens`` tokens; False if only ``encode`` can tell.
@@ -85,19 +121,17 @@ class Tokenizer:
         Raises:
             RequestError: there is no chat template, or it rejects the messages.
         """
-        template = self.chat_template
-        if template is None:
-            reason = f"model {self._model_name!r} has no chat template; use /v1/completions, or set model.chat_template"
-            raise RequestError(reason, param="messages")
-        if not messages:
-            raise RequestError("messages is empty; give at least one", param="messages")
-        options: dict[str, Any] = {"add_generation_prompt": True} | template_kwargs
-        try:
-            text = self._wrapper.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"the chat template rejects the messages: {error}", param="messages") from error
+        text = self._apply_template(messages, tokenize=False, **({"add_generation_prompt": True} | template_kwargs))
         assert isinstance(text, str)
         return text
+
+    def encode_marked_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Token ids of a chat, and 1 for each that the template's ``{% generation %}`` tags enclose, else 0.
+
+        Raises ``RequestError`` as ``render_chat`` does.
+        """
+        marked = self._apply_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return marked["input_ids"], marked["assistant_masks"]
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **template_kwargs: Any) -> list[int]:
         """Token ids of ``render_chat``; the template itself writes BOS where the model wants one."""
@@ -110,6 +144,29 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, ids the tokenizer does not know become nothing."""
         return self._rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def _puts_space_before(self) -> bool:
+        return self.encode_batch(["x"])[0] != self.encode_batch([_ANCHOR + "x"])[0][-1:]
+
+    @cached_property
+    def _rust_without_trimming(self) -> Any:
+        """A copy without the post-processor, which may leave white space out of tokens' characters."""
+        tokenizer = copy.deepcopy(self._rust)
+        tokenizer.post_processor = None
+        return tokenizer
+
+    def _apply_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+        template = self.chat_template
+        if template is None:
+            reason = f"model {self._model_name!r} has no chat template; use /v1/completions, or set model.chat_template"
+            raise RequestError(reason, param="messages")
+        if not messages:
+            raise RequestError("messages is empty; give at least one", param="messages")
+        try:
+            return self._wrapper.apply_chat_template(list(messages), chat_template=template, **options)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f"the chat template rejects the messages: {error}", param="messages") from error
 
 
 def load_tokenizer(spec: ModelSpec, chat_template_file: str | Path | None = None) -> Tokenizer:

@@ -93,7 +93,8 @@ class TrainLoopConfig:
     eval_every: int = option(0, "steps between evaluations; 0: only at the end, if there is data.eval_path", minimum=0)
     eval_sequences: int = option(16, "sequences of an evaluation", minimum=1)
     activation_checkpointing: bool = option(True, "keep a layer's inputs only, and compute it again in the backward")
-    activation_offload: bool = option(False, "keep those inputs on the CPU")
+    keep_attention: bool = option(True, "keep attention's output, too: it is not computed and exchanged again")
+    activation_offload: bool = option(False, "keep those in the host's memory (cuda) or in a file in output (cpu)")
     loss_tile: int = option(1024, "tokens whose logits exist at one time; 0: all", minimum=0)
     mlp_tile: int = option(0, "tokens that an MLP works on at one time; 0: all", minimum=0)
     num_threads: int | None = option(None, "CPU threads of a rank; null: cores over ranks on this machine", minimum=1)
@@ -158,7 +159,7 @@ class TrainConfig:
     """Everything ``longctx train`` takes."""
 
     output: str = option("runs/train", "folder for checkpoints, logs and the report")
-    model: TrainModelConfig = field(default_factory=TrainModelConfig)
+    model: TrainModelConfig = field(default_factory=TrainModelConfig, metadata={"folder": "train_model"})
     data: DataConfig = field(default_factory=DataConfig)
     attention: TrainAttentionConfig = field(default_factory=TrainAttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -168,4 +169,4 @@ class TrainConfig:
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    cluster: TrainClusterConfig = field(default_factory=TrainClusterConfig)
+    cluster: TrainClusterConfig = field(default_factory=TrainClusterConfig, metadata={"folder": "train_cluster"})

@@ -8,19 +8,31 @@ gradients, and the parts add up.
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longctx.training.tiled_loss import IGNORED
 from parallel.attention import TIMEOUT_S, sequence_parallel_attention
 from parallel.layout import LAYOUTS, check_cu_seqlens
 from parallel.links import LinkModel
 from parallel.shard import shard_sequence
 
-IGNORED = -100  # a label that does not count, as in transformers
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceShard:
+    """A rank's part of one sequence of packed documents."""
+
+    input_ids: torch.Tensor  # [1, num_local_tokens]
+    position_ids: torch.Tensor  # of each token in its document
+    targets: torch.Tensor  # the token behind each, IGNORED where it does not count
+    cu_seqlens: tuple[int, ...]  # of the whole sequence
 
 
 class SequenceParallel:
@@ -58,6 +70,7 @@ class SequenceParallel:
         self._cu_seqlens: tuple[int, ...] | None = (
             None  # of the sequence that is being run, also while it is recomputed
         )
+        self.trace: Path | None = None  # see sequence_parallel_attention; of calls from when it is set
         name = f"longctx_sequence_parallel_{next(_numbers)}"
         AttentionInterface.register(name, self._attend)
         AttentionMaskInterface.register(name, _make_no_mask)
@@ -81,33 +94,46 @@ class SequenceParallel:
         Raises:
             ValueError: if no token counts, or for shapes that do not go together.
         """
+        shard = self.shard(input_ids, labels=labels, cu_seqlens=cu_seqlens)
+        count = (shard.targets != IGNORED).sum()
+        dist.all_reduce(count, group=self._group)
+        if not count:
+            raise ValueError("no token counts: every label is ignored or begins a document")
+        share = self.sum_loss(shard, self._sum_cross_entropy) / count
+        mean = share.detach().clone()
+        dist.all_reduce(mean, group=self._group)
+        return mean, share
+
+    def shard(
+        self, input_ids: torch.Tensor, *, labels: torch.Tensor | None = None, cu_seqlens: Sequence[int] | None = None
+    ) -> SequenceShard:
+        """This rank's part of a sequence. Arguments and errors as for ``loss``."""
         if input_ids.ndim != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} are not allowed: [1, num_tokens]")
         labels = input_ids if labels is None else labels
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels of shape {tuple(labels.shape)} are not allowed: {tuple(input_ids.shape)}")
         num_tokens = input_ids.shape[1]
-        bounds = check_cu_seqlens(cu_seqlens, num_tokens) or (0, num_tokens)
+        bounds = tuple(check_cu_seqlens(cu_seqlens, num_tokens) or (0, num_tokens))
         starts = torch.tensor(bounds[:-1], device=input_ids.device)
         lengths = torch.tensor(bounds, device=input_ids.device).diff()
         positions = torch.arange(num_tokens, device=input_ids.device) - starts.repeat_interleave(lengths)
-        targets = labels.roll(-1, 1).clone()
-        targets[:, torch.tensor(bounds[1:], device=targets.device)[lengths > 0] - 1] = IGNORED
-        num_targets = int((targets != IGNORED).sum())
-        if num_targets == 0:
-            raise ValueError("no token counts: every label is ignored or begins a document")
-        own_ids, own_targets, own_positions = (
-            self._shard(whole, bounds) for whole in (input_ids, targets, positions[None])
+        return SequenceShard(
+            self._cut(input_ids, bounds),
+            self._cut(positions[None], bounds),
+            self._cut(shift_labels(labels, bounds), bounds),
+            bounds,
         )
-        self._cu_seqlens = bounds
-        logits = self.model(input_ids=own_ids, position_ids=own_positions, use_cache=False).logits
-        share = torch.nn.functional.cross_entropy(
-            logits[0].float(), own_targets[0], ignore_index=IGNORED, reduction="sum"
-        )
-        share = share / num_targets
-        mean = share.detach().clone()
-        dist.all_reduce(mean, group=self._group)
-        return mean, share
+
+    def sum_loss(self, shard: SequenceShard, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Summed cross entropy of this rank's targets; its backward, too, is to run before the next call. Collective.
+
+        Args:
+            shard: of a sequence.
+            forward: of ``input_ids``, ``position_ids`` and ``targets``; runs the model and sums the losses.
+        """
+        self._cu_seqlens = shard.cu_seqlens
+        return forward(input_ids=shard.input_ids, position_ids=shard.position_ids, targets=shard.targets)
 
     def reduce_gradients(self) -> None:
         """Add up the ranks' gradients; afterwards every rank has those of the whole sequence. Collective."""
@@ -117,7 +143,13 @@ class SequenceParallel:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, group=self._group)
 
-    def _shard(self, whole: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
+    def _sum_cross_entropy(
+        self, *, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[0].float(), targets[0], ignore_index=IGNORED, reduction="sum")
+
+    def _cut(self, whole: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
         rank, world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
         return shard_sequence(whole, 1, rank=rank, world_size=world_size, layout=self._layout, cu_seqlens=bounds)[0]
 
@@ -145,9 +177,23 @@ class SequenceParallel:
             cu_seqlens=self._cu_seqlens,
             window=sliding_window,
             scale=scaling,
+            trace=self.trace,
             **self._choices,
         )
         return out, None
+
+
+def shift_labels(labels: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
+    """What each token is to predict: the label behind it; ``IGNORED`` at the end of a document.
+
+    Args:
+        labels: ``[1, num_tokens]``.
+        bounds: ``[num_documents + 1]``.
+    """
+    targets = labels.roll(-1, 1)
+    ends = torch.tensor([stop for start, stop in itertools.pairwise(bounds) if start < stop], device=labels.device)
+    targets[:, ends - 1] = IGNORED
+    return targets
 
 
 def _make_no_mask(*_: Any, **__: Any) -> None:

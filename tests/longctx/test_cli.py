@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from longctx.cli.commands import COMMANDS, load
+from longctx.cli.commands import COMMANDS
 from longctx.cli.main import main
 from longctx.config import list_keys
+from parallel.registry import load
 
 HEAVY = ("torch", "ray", "transformers")
 PROBE = """
@@ -44,6 +45,18 @@ def probe(*arguments):
         (("serve", "model.path=/absent"), 2, ["/absent"]),
         (("serve", "model.adapter=/absent"), 2, ["/absent: no such folder", "adapter_config.json"]),
         (("generate", "generate.prompt=a", "model.adapter=longctx/models/demo"), 2, ["it is a model (config.json)"]),
+        (("train", "--help"), 0, ["experiment=NAME", "context_extension", "deepspeed.zero_stage", "--multirun"]),
+        (("train", "--cfg", "job", "parallel=mixed"), 0, ["dp_degree: 2  # groups of ranks", "seed: 0"]),
+        (("train", "--cfg", "all"), 2, ["--cfg all is not allowed; allowed: job"]),
+        (("train", "experiment=absent"), 2, ["experiment=absent", "allowed for experiment: context_extension"]),
+        (("train", "parallel=mixed"), 2, ["train.batch_size=1", "parallel.dp_degree=2", "a batch of 2 would fit"]),
+        (("train", "cluster.cpus_per_rank=9999"), 2, ["cluster.cpus_per_rank=", "this machine has"]),
+        (("train", "cluster=processes", "cluster.address=auto"), 2, ["cluster.address=auto", "cluster.launcher=ray"]),
+        (("train", "-m", "train.seed=1"), 2, ["there is none"]),
+        (("train", "-m", "optimizer.lr=1e-4,x"), 2, ["optimizer.lr='x' is not allowed"]),
+        (("train", "cluster=processes", "output=/proc/absent/out"), 2, ["output=/proc/absent/out cannot be written"]),
+        (("serve", "-m", "server.port=1,2"), 2, ["-m is not for serve; allowed for: train"]),
+        (("serve", "--cfg", "job"), 0, ["num_prefill_workers: 1  # actors"]),
         (("plan",), 2, ["'plan' is unknown", "allowed: plan attention, plan links"]),
         (("plan", "atention"), 2, ["'plan atention' is unknown", "did you mean plan attention?"]),
         (("plan", "attention", "--help"), 0, ["num_cached_tokens", "links.bytes_per_s"]),

@@ -1,19 +1,42 @@
 """Configuration: every YAML composes, every key has a comment, every mistake is named."""
 
 import dataclasses
-from itertools import product
 
 import pytest
 
-from longctx.cli.commands import COMMANDS, load
-from longctx.config import CONFIG_FOLDER, compose, list_keys
+from longctx.cli.commands import COMMANDS
+from longctx.cli.sweep import expand_sweep
+from longctx.config import (
+    CONFIG_FOLDER,
+    EXPERIMENT,
+    build,
+    compose,
+    folder_of,
+    list_keys,
+    list_options,
+    takes_experiments,
+)
+from longctx.config_text import to_yaml
 from longctx.errors import ConfigError
+from parallel.registry import load
 
 ROOTS = {name: load(command.root) for name, command in COMMANDS.items()}
+FLAT = CONFIG_FOLDER.parent / "docs" / "configuration"
+
+
+def groups_of(name):
+    """Folders of YAML by the groups of a command, ``experiment`` among them."""
+    root = ROOTS[name]
+    names = [field.name for field in dataclasses.fields(root) if dataclasses.is_dataclass(field.type)]
+    names += [EXPERIMENT] if takes_experiments(COMMANDS[name].config_name) else []
+    return {group: folder_of(root, group) for group in names}
+
+
 GROUP_OPTIONS = [
-    (name, path.parent.name, path.stem)
-    for name, path in product(ROOTS, sorted(CONFIG_FOLDER.glob("*/*.yaml")))
-    if path.parent.name in {field.name for field in dataclasses.fields(ROOTS[name])}
+    (name, group, option)
+    for name in ROOTS
+    for group, folder in groups_of(name).items()
+    for option in list_options(folder, [CONFIG_FOLDER])
 ]
 
 
@@ -29,7 +52,7 @@ def test_every_yaml_composes(name, group, option):
 
 
 def test_every_yaml_belongs_to_a_command():
-    known = {(group, option) for _, group, option in GROUP_OPTIONS}
+    known = {(groups_of(name)[group], option) for name, group, option in GROUP_OPTIONS}
     assert {(path.parent.name, path.stem) for path in CONFIG_FOLDER.glob("*/*.yaml")} == known
     names = {command.config_name for command in COMMANDS.values()}
     assert {path.stem for path in CONFIG_FOLDER.glob("*.yaml")} == names
@@ -146,3 +169,80 @@ def test_quoted_text_loses_its_quotes():
 @pytest.mark.parametrize("value", ["auto", "true", "false"])
 def test_true_and_false_among_choices(value):
     assert compose(ROOTS["generate"], "generate", [f"generate.chat={value}"]).generate.chat == value
+
+
+def compose_train(*overrides, config_dir=None):
+    return compose(ROOTS["train"], "train", list(overrides), config_dir=config_dir)
+
+
+def test_two_commands_have_groups_of_one_name():
+    """``model`` and ``cluster`` of ``serve`` and ``train`` have other keys, and other options."""
+    config = compose_train("cluster=ray", "model=random", "deepspeed=zero3_offload")
+    assert (config.cluster.launcher, config.cluster.address, config.model.init) == ("ray", "auto", "random")
+    assert (config.deepspeed.zero_stage, config.deepspeed.offload_params) == (3, True)
+    with pytest.raises(ConfigError, match="cluster=colocated is not allowed; allowed for cluster: local"):
+        compose_train("cluster=colocated")
+    with pytest.raises(ConfigError, match="cluster=ray is not allowed; allowed for cluster: colocated"):
+        compose(ROOTS["serve"], "serve", ["cluster=ray"])
+
+
+def test_an_experiment_sets_keys_of_several_groups(tmp_path):
+    config = compose_train("experiment=context_extension")
+    assert (config.parallel.sp_degree, config.deepspeed.zero_stage, config.train.context_length) == (4, 3, 32768)
+    config = compose_train("parallel=mixed", "train.context_length=4096", "experiment=context_extension")
+    assert (config.parallel.dp_degree, config.train.context_length) == (2, 4096)  # what is typed comes last
+    (tmp_path / "experiment").mkdir()
+    mine = tmp_path / "experiment" / "mine.yaml"
+    mine.write_text(
+        "# @package _global_\ndefaults:\n  - override /optimizer: wsd\noutput: there\nmodel:\n  path: /my\n"
+    )
+    config = compose_train("experiment=mine", config_dir=tmp_path)
+    assert (config.output, config.model.path, config.optimizer.schedule) == ("there", "/my", "wsd")
+    with pytest.raises(ConfigError, match=r"experiment=min is not allowed; allowed .*: context_extension, mine, "):
+        compose_train("experiment=min", config_dir=tmp_path)
+    mine.write_text("model:\n  path: /my\n")
+    with pytest.raises(ConfigError, match="begins with # @package _global_"):
+        compose_train("experiment=mine", config_dir=tmp_path)
+    mine.write_text("# @package _global_\nmodel:\n  pth: /my\n")
+    with pytest.raises(ConfigError, match=r"model\.pth is unknown; did you mean model\.path"):
+        compose_train("experiment=mine", config_dir=tmp_path)
+    with pytest.raises(ConfigError, match="experiment is unknown"):
+        compose(ROOTS["serve"], "serve", ["experiment=mine"], config_dir=tmp_path)
+
+
+def test_the_flattened_defaults_are_committed():
+    """``longctx train --cfg job > docs/configuration/train.yaml`` writes them anew."""
+    assert (FLAT / "train.yaml").read_text() == to_yaml(compose_train())
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_what_is_printed_composes_to_itself(tmp_path, name):
+    """The text of ``--cfg job``, with comments, is a configuration again."""
+    overrides = {"generate": ["generate.prompt=it's [1, 2]: #3", "generate.stop=[a,'true']"]}.get(name, [])
+    config = compose(ROOTS[name], COMMANDS[name].config_name, overrides)
+    text = to_yaml(config)
+    assert all(f"  # {field.metadata['comment']}" in text for field in list_keys(ROOTS[name]).values())
+    if takes_experiments(COMMANDS[name].config_name):
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment" / "again.yaml").write_text(f"# @package _global_\n{text}")
+        assert compose_train("experiment=again", "train.seed=0", config_dir=tmp_path) == config
+    else:
+        from omegaconf import OmegaConf
+
+        assert build(ROOTS[name], OmegaConf.to_container(OmegaConf.create(text)), "") == config
+
+
+def test_sweeps_are_expanded():
+    runs = expand_sweep(["optimizer=cosine,wsd", "train.seed=3", "optimizer.lr=1e-4,2e-4", "model.path='a,b'"])
+    assert [run.swept for run in runs] == [
+        ("optimizer=cosine", "optimizer.lr=0.0001"),
+        ("optimizer=cosine", "optimizer.lr=0.0002"),
+        ("optimizer=wsd", "optimizer.lr=0.0001"),
+        ("optimizer=wsd", "optimizer.lr=0.0002"),
+    ]
+    assert [compose_train(*run.overrides).optimizer.lr for run in runs] == [1e-4, 2e-4, 1e-4, 2e-4]
+    assert {compose_train(*run.overrides).model.path for run in runs} == {"a,b"}
+    assert [run.swept for run in expand_sweep(["train.seed=range(1,3)"])] == [("train.seed=1",), ("train.seed=2",)]
+    for overrides, words in ((["train.seed=1"], "there is none"), (["optimizer.lr=interval(0,1)"], "list the values")):
+        with pytest.raises(ConfigError, match=words):
+            expand_sweep(overrides)

@@ -1,0 +1,1 @@
+"""The data of training: rows of files, as packed sequences of tokens."""

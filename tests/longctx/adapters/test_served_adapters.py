@@ -70,7 +70,11 @@ def test_one_sublayer_has_an_adapter(tmp_path, method, options):
 def test_foreign_scales_are_as_peft_has_them(tmp_path):
     base, adapter, _ = make_adapter(tmp_path, "llama", "lora")
     path = adapter / "adapter_config.json"
-    more = {"auto_mapping": None, "use_rslora": True, "alpha_pattern": {"layers.1.self_attn.q_proj": 5.0, "down_proj": 3.0}}
+    more = {
+        "auto_mapping": None,
+        "use_rslora": True,
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 5.0, "down_proj": 3.0},
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
     found, wanted = packed_logits(load_decoder(base, adapter)), logits_of(load_adapter(load_base(base), adapter))[20:]
     assert (found - wanted).norm() / wanted.norm() < 4e-5

@@ -1,0 +1,56 @@
+"""The most that a rank can compute in a second, and the most memory that it has held."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+_SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices: large enough that more would be no faster
+_MIN_SECONDS = 0.3  # of repeating: what another program takes is to miss some of the repeats
+_STATUS = Path("/proc/self/status")
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, group: dist.ProcessGroup | None = None) -> float:
+    """FLOP/s of matrix products on a rank, the mean over the ranks, which measure at one time. Collective.
+
+    Ranks that share a machine share its cores, and its clock falls when all compute: one alone would be faster.
+    """
+    side = _SIDES.get(device.type, 1024)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    is_shared = dist.is_initialized()
+    if is_shared:
+        dist.barrier(group)
+    best = _time_product(a, b)  # not one of those that count: the first makes threads and kernels ready
+    begun, best = time.perf_counter(), float("inf")
+    while time.perf_counter() - begun < _MIN_SECONDS:
+        best = min(best, _time_product(a, b))
+    flops = torch.tensor([2 * side**3 / best], dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    if not is_shared:
+        return float(flops)
+    flops = flops.to(device)
+    dist.all_reduce(flops, group=group)
+    return float(flops) / dist.get_world_size(group)
+
+
+def read_peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that was allocated on it, else the most of this process that was in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        # Not getrusage: there a process begins with what the one that started it had held.
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) * 1024
+    import resource  # not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    begun = time.perf_counter()
+    a @ b
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - begun

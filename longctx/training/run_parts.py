@@ -1,0 +1,159 @@
+"""Builds what one rank trains with: the world, the model with its adapter and attention, DeepSpeed, data."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from longctx.errors import CheckpointError
+from longctx.models.checkpoint import inspect_checkpoint
+from longctx.models.tokenizer import load_tokenizer
+from longctx.training.checkpoints import CheckpointReader, list_checkpoints
+from longctx.training.config import TrainConfig
+from longctx.training.data.packing import PackedSequence
+from longctx.training.data.stream import SequenceStream, merge_states, read_eval_sequences
+from longctx.training.deepspeed_engine import DeepSpeedTraining
+from longctx.training.flops import count_training_flops
+from longctx.training.loss_head import LossHead
+from longctx.training.memory_saving import save_memory
+from longctx.training.peak import measure_peak_flops, read_peak_memory
+from longctx.training.place import RankPlace
+from longctx.training.sequence_parallel import SequenceParallel
+from longctx.training.starting_model import DTYPES, build_starting_model
+from longctx.training.world import TrainingWorld
+from parallel.links import load_links
+
+logger = logging.getLogger(__name__)
+
+
+class RunParts:
+    """All of one rank's; ``close`` ends it. Collective.
+
+    Args:
+        config: of the run.
+        place: of the rank.
+
+    Raises:
+        ConfigError, CheckpointError: for what cannot be trained.
+    """
+
+    def __init__(self, config: TrainConfig, place: RankPlace) -> None:
+        self._config = config
+        self.device = choose_device(config.model.device)
+        self.spec = inspect_checkpoint(config.model.path, require_weights=config.model.init == "checkpoint")
+        tokenizer = load_tokenizer(self.spec, config.data.chat_template)
+        parallel = config.parallel
+        self.world = TrainingWorld(
+            place.global_rank, parallel, address=place.master_address, port=place.master_port, device=self.device
+        )
+        self.peak_flops = config.logger.peak_flops or measure_peak_flops(self.device, DTYPES[config.model.dtype])
+        self._build_model()
+        reader = find_checkpoint(config)
+        if reader is not None:
+            reader.check_shapes(self.shapes)
+            self.engine.restore(reader.state["step"], reader.read)
+            if self.world.rank == 0:
+                logger.info("going on from %s", reader.folder)
+        self.first_step: int = reader.state["step"] if reader else 0
+        lanes_per_rank = config.train.batch_size // parallel.dp_degree
+        first_lane = self.world.at.dp_rank * lanes_per_rank
+        self.stream = SequenceStream(
+            config.data,
+            tokenizer,
+            context_length=config.train.context_length,
+            num_lanes=config.train.batch_size,
+            lanes=range(first_lane, first_lane + lanes_per_rank),
+            state=merge_states(each for each in reader.data if each) if reader else None,
+        )
+        self.eval_sequences = (
+            read_eval_sequences(
+                config.data,
+                tokenizer,
+                context_length=config.train.context_length,
+                num_sequences=config.train.eval_sequences,
+            )
+            if config.data.eval_path
+            else []
+        )
+
+    def loss(self, sequence: PackedSequence, *, scale: float = 1.0) -> torch.Tensor:
+        """``scale`` times the summed losses of this rank's part of a sequence."""
+        shard = self.parallel.shard(
+            sequence.input_ids.to(self.device),
+            labels=sequence.labels.to(self.device),
+            cu_seqlens=sequence.cu_seqlens,
+        )
+        return self.parallel.sum_loss(shard, partial(self._head.loss, self.engine, scale=scale, use_cache=False))
+
+    def count_flops(self, sequence: PackedSequence) -> int:
+        """That forward and backward of a whole sequence need."""
+        return count_training_flops(
+            self.spec,
+            sequence.cu_seqlens,
+            trains_base=self._config.peft.method == "none",
+            num_adapter_weights=self._num_adapter_weights,
+        )
+
+    def read_memory(self) -> int:
+        """The most bytes that this rank has held."""
+        return read_peak_memory(self.device)
+
+    def close(self) -> None:
+        """End threads and groups."""
+        self.stream.close()
+        self.engine.destroy()
+        self.world.close()
+
+    def _build_model(self) -> None:
+        config, parallel = self._config, self._config.parallel
+        model = build_starting_model(
+            self.spec,
+            config.model,
+            context_length=config.train.context_length,
+            device=self.device,
+            seed=config.train.seed,
+        )
+        model.config.use_cache = False
+        self.parallel = SequenceParallel(
+            model,
+            group=self.world.sp_group,
+            layout=parallel.layout,
+            plan=parallel.plan,
+            links=load_links(Path(parallel.links_file)) if parallel.links_file else None,
+            timeout_s=parallel.timeout_s,
+        )
+        self._head = LossHead(model, tile=config.train.loss_tile)
+        leaves = save_memory(model, config.train, device=self.device, scratch=Path(config.output))
+        parameters = dict(model.named_parameters())
+        trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
+        self.shapes = {name: list(weight.shape) for name, weight in trained.items()}
+        self._num_adapter_weights = (
+            0 if config.peft.method == "none" else sum(weight.numel() for weight in trained.values())
+        )
+        self.engine = DeepSpeedTraining(
+            model,
+            parameters,
+            config=config.deepspeed,
+            optimizer=config.optimizer,
+            dtype=DTYPES[config.model.dtype],
+            num_micro_steps=config.train.batch_size // parallel.dp_degree,
+            leaves=leaves,
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def find_checkpoint(config: TrainConfig) -> CheckpointReader | None:
+    """What the run goes on from, as ``checkpoint.resume`` says; raises ``CheckpointError`` if it must and cannot."""
+    if config.checkpoint.resume == "never":
+        return None
+    found = list_checkpoints(Path(config.output))
+    if not found and config.checkpoint.resume == "must":
+        raise CheckpointError(f"{config.output}: there is no checkpoint, and checkpoint.resume is must")
+    return CheckpointReader(found[-1]) if found else None

@@ -1,0 +1,67 @@
+"""The model that a run starts from: a checkpoint's weights or random ones, with RoPE stretched as configured.
+
+RoPE scaling: ``linear`` is position interpolation (Chen et al., 2023), ``dynamic`` is NTK-aware scaling by length,
+``yarn`` is Peng et al., 2023; ``model.rope_theta`` is the adjusted base frequency of Xiong et al., 2023.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from longctx.errors import ConfigError
+from longctx.models.checkpoint import ModelSpec
+from longctx.models.loading import build_model, read_transformers_config
+from longctx.training.config import TrainModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_starting_model(
+    spec: ModelSpec, config: TrainModelConfig, *, context_length: int, device: torch.device, seed: int
+) -> PreTrainedModel:
+    """In ``config.dtype`` on ``device``, ready to be trained; the same on every rank.
+
+    Raises:
+        CheckpointError: if weights are missing or not those of the configuration.
+        ConfigError: if ``context_length`` is more than the model takes as configured.
+    """
+    settings = read_transformers_config(spec)
+    stretch_rope(settings, spec, config, context_length)
+    model: Any = build_model(
+        spec,
+        settings,
+        dtype=DTYPES[config.dtype],
+        device=device,
+        random_weights_seed=seed if config.init == "random" else None,
+    )
+    return model.to(device).train()
+
+
+def check_context(spec: ModelSpec, config: TrainModelConfig, context_length: int) -> None:
+    """Raise ``ConfigError`` if the model does not take ``context_length`` tokens as configured."""
+    if context_length > spec.max_context and config.rope_scaling == "keep" and config.rope_theta is None:
+        raise ConfigError(
+            f"train.context_length={context_length} is not allowed: {spec.name} takes at most {spec.max_context} "
+            "tokens; model.rope_scaling=yarn (or linear, dynamic) or a higher model.rope_theta stretches it"
+        )
+    if config.rope_scaling != "keep" and spec.rope_type not in ("default", config.rope_scaling):
+        raise ConfigError(
+            f"model.rope_scaling={config.rope_scaling} is not allowed: {spec.name} has {spec.rope_type} scaling; keep"
+        )
+
+
+def stretch_rope(settings: Any, spec: ModelSpec, config: TrainModelConfig, context_length: int) -> None:
+    """Change a transformers configuration to what is trained."""
+    check_context(spec, config, context_length)
+    rope = dict(spec.rope_parameters)
+    if config.rope_theta is not None:
+        rope["rope_theta"] = config.rope_theta
+    trained_length = int(rope.get("original_max_position_embeddings") or settings.max_position_embeddings)
+    if config.rope_scaling == "keep":
+        settings.max_position_embeddings = max(settings.max_position_embeddings, context_length)
+    else:
+        rope |= {"rope_type": config.rope_scaling, "factor": max(1.0, context_length / trained_length)}
+        if config.rope_scaling == "yarn":
+            rope["original_max_position_embeddings"] = trained_length
+    settings.rope_parameters = rope
