@@ -123,6 +123,12 @@ def save_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel, folder:
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def file_names(model: PreTrainedModel) -> dict[str, str]:
+    """What each trained parameter of an adapted model is called in a PEFT folder, by its name in the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: name for name, parameter in _trained_parameters(model).items()}
+
+
 def base_shapes(model: PreTrainedModel) -> Shapes:
     """Of a model without adapter, by name; also where ZeRO 3 has cut its parameters up."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}

@@ -113,7 +113,7 @@ def _run(config: TrainConfig) -> dict[str, Any] | None:
             report = LAUNCHERS.get(config.cluster.launcher)(config, stop=asked)
         except StoppedError:
             return None
-        if asked.is_set():
+        if report["stopped"]:
             logger.info("stopped; the same command goes on from %s", config.output)
             return None
         return report

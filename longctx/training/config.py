@@ -7,6 +7,7 @@ from longctx.training.data.config import DataConfig
 from parallel.option import option, parse_size
 from parallel.plans import PLANS
 
+ATTENTIONS = ("dense", "sf")
 LAYOUT_NAMES = ("balanced", "zigzag", "striped", "contiguous")
 
 
@@ -32,7 +33,7 @@ class TrainModelConfig:
 class TrainAttentionConfig:
     """Which attention is trained."""
 
-    name: str = option("dense", "attention in training", choices=("dense", "sf"))
+    name: str = option("dense", "attention in training", choices=ATTENTIONS)
     group_size: int = option(2048, "tokens that attend to each other in shifted sparse attention (sf)", minimum=2)
     sink_tokens: int = option(4, "first tokens that every query sees in shifted sparse attention (sf)", minimum=0)
     returned_heads: float = option(

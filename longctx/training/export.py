@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder, which transformers loads and ``longctx serve`` serves.
+"""A checkpoint as a folder that others read: a Hugging Face model, or an adapter in PEFT's format.
 
 The checkpoint's fragments are put together weight by weight, so that nothing has to be gathered from ranks and no more
 than one file's weights are in memory, whatever sharded them.
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
+from longctx.adapters.adapter import file_names, save_adapter
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.loading import read_transformers_config
 from longctx.training.checkpoints import CheckpointReader
@@ -51,6 +53,19 @@ def export_model(reader: CheckpointReader, config: TrainConfig, spec: ModelSpec,
         for path in spec.path.glob(pattern):
             shutil.copy2(path, hidden / path.name)
     _write_weights(reader, DTYPES[config.model.dtype], hidden)
+    replace_folder(hidden, folder)
+    return folder
+
+
+def export_adapter(reader: CheckpointReader, config: TrainConfig, model: PreTrainedModel, folder: Path) -> Path:
+    """Write the checkpoint's adapter into ``folder``, likewise; ``model`` says what adapter it is, its weights are not
+    read."""
+    hidden = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    names = file_names(model)
+    dtype = DTYPES[config.model.dtype]
+    state = {names[name]: weight.to(dtype) for name, weight in read_weights(reader, list(names)).items()}
+    save_adapter(state, model, hidden)
     replace_folder(hidden, folder)
     return folder
 

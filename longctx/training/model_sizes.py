@@ -17,6 +17,7 @@ class ModelSizes:
     layer_weights: int  # of one layer of the base model
     embedding: int  # of one matrix of the vocabulary's size
     largest_trained: int  # of one tensor
+    largest_group: int  # of those trained weights that decay, or of the others
 
     @property
     def num_frozen(self) -> int:
@@ -40,7 +41,10 @@ def count_sizes(spec: ModelSpec, peft: PeftConfig) -> ModelSizes:
         norms = spec.num_layers * 2 * spec.hidden_size + spec.hidden_size if peft.train_norms else 0
         trained = num_adapter_weights + norms + (embedding if peft.train_embeddings else 0)
         largest = embedding if peft.train_embeddings else max(adapters, default=0)
-    return ModelSizes(spec.num_parameters, num_adapter_weights, trained, layer_weights, embedding, largest)
+    has_embedding = peft.method == "none" or peft.train_embeddings
+    others = embedding if has_embedding else 0
+    group = max(trained - others, others)
+    return ModelSizes(spec.num_parameters, num_adapter_weights, trained, layer_weights, embedding, largest, group)
 
 
 def list_linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from longctx.adapters.adapter import add_adapter
 from longctx.errors import CheckpointError
 from longctx.models.checkpoint import inspect_checkpoint
 from longctx.models.tokenizer import load_tokenizer
+from longctx.training.attention import ATTENTION
 from longctx.training.checkpoints import CheckpointReader, list_checkpoints
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
@@ -91,7 +93,7 @@ class RunParts:
         return count_training_flops(
             self.spec,
             sequence.cu_seqlens,
-            trains_base=self._config.peft.method == "none",
+            trains_base=not self.has_adapter,
             num_adapter_weights=self._num_adapter_weights,
         )
 
@@ -115,6 +117,9 @@ class RunParts:
             seed=config.train.seed,
         )
         model.config.use_cache = False
+        self.has_adapter = config.peft.method != "none" or config.peft.path is not None
+        if self.has_adapter:
+            add_adapter(model, config.peft)
         self.parallel = SequenceParallel(
             model,
             group=self.world.sp_group,
@@ -122,15 +127,14 @@ class RunParts:
             plan=parallel.plan,
             links=load_links(Path(parallel.links_file)) if parallel.links_file else None,
             timeout_s=parallel.timeout_s,
+            attend=ATTENTION.get(config.attention.name)(config.attention),
         )
         self._head = LossHead(model, tile=config.train.loss_tile)
         leaves = save_memory(model, config.train, device=self.device, scratch=Path(config.output))
         parameters = dict(model.named_parameters())
         trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
         self.shapes = {name: list(weight.shape) for name, weight in trained.items()}
-        self._num_adapter_weights = (
-            0 if config.peft.method == "none" else sum(weight.numel() for weight in trained.values())
-        )
+        self._num_adapter_weights = sum(weight.numel() for weight in trained.values()) if self.has_adapter else 0
         self.engine = DeepSpeedTraining(
             model,
             parameters,

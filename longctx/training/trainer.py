@@ -24,7 +24,7 @@ from longctx.errors import TrainingError
 from longctx.training.checkpoints import CheckpointReader, CheckpointWriter, list_checkpoints
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
-from longctx.training.export import export_model
+from longctx.training.export import export_adapter, export_model
 from longctx.training.place import RankPlace
 from longctx.training.record import StepRecord
 from longctx.training.report import write_report
@@ -266,8 +266,7 @@ class TrainingRun:
         if self._world.rank == 0:
             checkpoints = list_checkpoints(self._output)
             if self._config.checkpoint.export and not self._is_stopped:
-                reader = CheckpointReader(checkpoints[-1])
-                final = export_model(reader, self._config, self._parts.spec, self._output / "final")
+                final = self._export(checkpoints[-1])
             report = write_report(self._output, self._config, final=final, checkpoint=checkpoints[-1])
             logger.info("report: %s%s", report, f"; model: {final}" if final else "")
         self._world.add_up([0.0])  # nobody leaves before rank 0 has exported
@@ -278,3 +277,9 @@ class TrainingRun:
             "stopped": self._is_stopped,
             "final": str(final) if final else None,
         }
+
+    def _export(self, checkpoint: Path) -> Path:
+        reader, folder = CheckpointReader(checkpoint), self._output / "final"
+        if self._parts.has_adapter:
+            return export_adapter(reader, self._config, self._parts.parallel.model, folder)
+        return export_model(reader, self._config, self._parts.spec, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.exceptions
 import pyarrow
 import pyarrow.parquet
 
@@ -73,7 +74,7 @@ def open_datasets(files: list[Path], config: DataConfig) -> ArrowRows:
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
             raise ConfigError(f"{folder}: datasets cannot read the folder: {error}") from error
         if isinstance(part, datasets.DatasetDict):
-            paths = " or ".join(str(folder / split) for split in part)
+            paths = " or ".join(str(folder / str(split)) for split in part)
             raise ConfigError(f"{folder} has several data sets, one a split; set the path to one: {paths}")
         parts.append(part.with_format(None).select_columns(_choose_columns(folder, part.column_names, config)))
     try:
