@@ -51,7 +51,7 @@ def run_block(name, folder, port=PORT):
 
 
 def test_every_example_is_marked_and_run():
-    assert set(BLOCKS) == {"ask", "curl", "offline"}
+    assert set(BLOCKS) == {"ask", "curl", "offline", "train"}
     assert README.count("```") == 2 * len(BLOCKS)
 
 
@@ -73,6 +73,23 @@ def test_ask_about_a_document(server, tmp_path):
 def test_curl(server, tmp_path):
     completion = json.loads(run_block("curl", tmp_path, server.port))
     assert completion["usage"]["completion_tokens"] == len(completion["choices"][0]["text"].encode()) == 30
+
+
+def test_train(tmp_path):
+    output = tmp_path / "run"
+    command = BLOCKS["train"][1].replace(".venv/bin/longctx", f"{sys.executable} -m longctx.cli.main")
+    done = subprocess.run(
+        shlex.split(command.replace("runs/readme", str(output))),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 3/3" in done.stderr + done.stdout
+    assert (output / "final" / "model.safetensors").exists()
+    assert (output / "report.md").exists()
 
 
 def test_offline(tmp_path):

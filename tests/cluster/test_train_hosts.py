@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not can_make_networks(), reason="network namespaces take root, ip and tc"),
 ]
 TRAIN = (*LONGCTX, "train", "cluster.launcher=ray")
-COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray")
+COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray", "data.path=README.md")
 NUM_RANKS = 4
 
 
