@@ -40,9 +40,14 @@ def names(output: Path) -> list[str]:
     return [path.name for path in list_checkpoints(output)]
 
 
-def test_killed_at_any_moment_losses_are_the_same(tmp_path):
+@pytest.fixture(scope="module")
+def losses_of_two(tmp_path_factory):
+    """Of two ranks that nothing interrupts."""
+    return train_through(tmp_path_factory.mktemp("two") / "whole", "parallel.sp_degree=2")
+
+
+def test_killed_at_any_moment_losses_are_the_same(tmp_path, caplog, losses_of_two):
     """While a checkpoint is written, before it counts, and in a step: the gang starts again by itself."""
-    whole = train_through(tmp_path / "whole", "parallel.sp_degree=2")
     output = tmp_path / "killed"
     set_faults(
         output,
@@ -53,7 +58,8 @@ def test_killed_at_any_moment_losses_are_the_same(tmp_path):
     )
     config = make_config(output, *STEPS, NO_EXPORT, "parallel.sp_degree=2")
     assert run_supervised(config)["steps"] == 8
-    assert read_losses(output) == whole
+    assert "starting all ranks again from the last checkpoint (3 of 3)" in caplog.text
+    assert read_losses(output) == losses_of_two
     assert names(output) == ["step-00000006", "step-00000008"]
     assert len(list((output / "checkpoints").iterdir())) == 2
 
@@ -136,16 +142,15 @@ def test_bfloat16_goes_on_exactly(tmp_path, stage):
     assert read_losses(output) == whole
 
 
-def test_a_request_to_stop_saves(tmp_path):
+def test_a_request_to_stop_saves(tmp_path, losses_of_two):
     output = tmp_path / "run"
     config = make_config(output, *STEPS, "parallel.sp_degree=2")
     set_faults(output, {"rank": 1, "moment": "stop", "step": 3})
     report = run_world(config, body=BODY)
     assert (report["steps"], report["stopped"], report["final"]) == (3, True, None)
     assert names(output) == ["step-00000002", "step-00000003"]
-    whole = train_through(tmp_path / "whole", "parallel.sp_degree=2")
     assert run_world(config)["final"] == str(output / "final")
-    assert read_losses(output) == whole
+    assert read_losses(output) == losses_of_two
 
 
 def test_a_full_disk_does_not_end_the_training(tmp_path):
