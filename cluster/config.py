@@ -18,6 +18,11 @@ class PrefillConfig:
 
     sp_degree: int = option(1, "ranks of each prefill worker, which share every prompt's tokens", minimum=1)
     plan: str = option("auto", "how ranks exchange keys or queries of prompts", choices=PLAN_NAMES)
+    worker_gpus: float | None = option(
+        None,
+        "GPUs that Ray gives each of their processes; null: cluster.worker_gpus",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,11 @@ class DecodeConfig:
     )
     plan: str = option(
         "auto", "how ranks exchange keys or queries of prompts that are computed there", choices=PLAN_NAMES
+    )
+    worker_gpus: float | None = option(
+        None,
+        "GPUs that Ray gives each of their processes; null: cluster.worker_gpus",
+        minimum=0,
     )
 
 

@@ -5,7 +5,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,12 +14,10 @@ from cluster.local_ray import RaySession
 from cluster.port import check_port
 from cluster.serving import ServedModel
 from longctx.errors import ConfigError, LongctxError
-from longctx.threads import THREAD_ENV
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 15.0
-PROGRESS_INTERVAL_S = 10.0
 READY_TIMEOUT_S = 60.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -43,11 +41,13 @@ class Deployment:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self._place_endpoint(nodes)
         self._create_workers(nodes)
-        starts = {group.handle.actor.start.remote(): group.handle.name for group in self._groups}
+        from cluster.worker_actors import start_workers, wait_for_workers
+
+        starts = start_workers(self._groups)
         failure: list[BaseException] = []
         deploying = self._deploying = threading.Thread(target=_catch, args=(failure, self._deploy), daemon=True)
         deploying.start()
-        self._wait(starts, failure)
+        wait_for_workers(starts, timeout_s=self._config.cluster.start_timeout_s, failure=failure)
         deploying.join(self._config.cluster.start_timeout_s)
         if failure or deploying.is_alive():
             raise LongctxError(f"the endpoint did not start: {failure[0] if failure else 'no answer in time'}")
@@ -123,56 +123,15 @@ class Deployment:
         self._app = app
 
     def _create_workers(self, nodes: list[dict[str, Any]]) -> None:
-        from cluster.actors import create_worker
+        from cluster.worker_actors import create_workers
 
-        cluster = self._config.cluster
-        roles = ["prefill"] * cluster.num_prefill_workers + ["decode"] * cluster.num_decode_workers
-        num_cpus, num_gpus = share_resources(self._config, [node["Resources"] for node in nodes])
-        # a local Ray's processes have it from us
-        shares_cores = not self._session.is_local and cluster.num_processes > len(nodes)
-        env_vars = THREAD_ENV if shares_cores else {}
-        counts: dict[str, int] = {}
-        for role in roles:
-            name = f"{role}-{counts.get(role, 0)}"
-            counts[role] = counts.get(role, 0) + 1
-            try:
-                group = create_worker(name, role, self._config, num_cpus=num_cpus, num_gpus=num_gpus, env_vars=env_vars)
-            except ValueError as error:  # the name is taken
-                namespace = self._config.ray.namespace
-                raise ConfigError(f"ray.namespace={namespace!r} is in use in this cluster: {error}") from None
-            self._groups.append(group)
+        # a local Ray's processes have the thread settings from us
+        shares_cores = not self._session.is_local and self._config.cluster.num_processes > len(nodes)
+        for group in create_workers(self._config, nodes, shares_cores=shares_cores):
+            self._groups.append(group)  # one by one: those that there are end with us if the next cannot be
 
     def _deploy(self) -> None:
         self._app.deploy(self._model, [(group.handle.name, group.handle.role) for group in self._groups])
-
-    def _wait(self, starts: dict[Any, str], failure: list[BaseException]) -> None:
-        """Until all workers have loaded the model, or something failed; ``starts`` holds their names."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
-        begun = time.monotonic()
-        pending, due = list(starts), begun + PROGRESS_INTERVAL_S
-        while pending and not failure:
-            _, pending = ray.wait(pending, num_returns=len(pending), timeout=0.5)
-            for reference in set(starts) - set(pending):
-                try:
-                    ray.get(reference)
-                except RayTaskError as error:
-                    if isinstance(error.cause, LongctxError):
-                        raise error.cause from None
-                    reason = getattr(error.cause, "strerror", None) or error.cause or error
-                    raise LongctxError(f"{starts[reference]} cannot start: {reason}") from None
-                except RayError as error:
-                    raise LongctxError(f"{starts[reference]} died while it loaded the model: {error}") from None
-            waited = time.monotonic() - begun
-            if pending and time.monotonic() > due:
-                due += PROGRESS_INTERVAL_S
-                logger.info("%d of %d workers are still loading after %.0f s", len(pending), len(starts), waited)
-            if waited > self._config.cluster.start_timeout_s:
-                raise LongctxError(
-                    f"{len(pending)} workers did not load the model in {self._config.cluster.start_timeout_s:g} s "
-                    "(cluster.start_timeout_s); is there room for them in the Ray cluster (cluster.worker_cpus)?"
-                )
 
     def _await_health(self) -> None:
         """Until the endpoint says it is ready: the router has found the workers."""
@@ -191,21 +150,6 @@ class Deployment:
                 answer = str(error)
             time.sleep(0.1)
         raise LongctxError(f"the endpoint is not ready after {READY_TIMEOUT_S:g} s: {answer}")
-
-
-def share_resources(config: ServeConfig, nodes: Sequence[dict[str, float]]) -> tuple[float, float]:
-    """CPUs and GPUs that Ray is to reserve for each process. Without a GPU of its own a process sees none.
-
-    Args:
-        config: the deployment's.
-        nodes: resources of each node that is alive.
-    """
-    cluster = config.cluster
-    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) / cluster.num_processes for kind in ("CPU", "GPU"))
-    num_cpus = cluster.worker_cpus or max(0.05, min(1.0, cpus))
-    if config.model.device == "cpu":
-        return num_cpus, 0.0
-    return num_cpus, min(1.0, int(gpus * 100) / 100) if cluster.worker_gpus is None else cluster.worker_gpus
 
 
 def _catch(failure: list[BaseException], function: Callable[..., None], *args: object) -> None:

@@ -74,19 +74,10 @@ class ServeApp:
         options = HTTPOptions(host=server.host, port=server.port)
         location = "HeadOnly" if self._has_proxy else "Disabled"
         serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
-        deployment = serve.deployment(
-            name="endpoint",
-            num_replicas=1,
-            max_ongoing_requests=MAX_ONGOING,
-            ray_actor_options={"num_cpus": 0},
-            graceful_shutdown_timeout_s=GRACE_S + ENDING_S,
-            graceful_shutdown_wait_loop_s=0.2,
-            health_check_period_s=HEALTH_PERIOD_S,
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
+        deployment = serve.deployment(**deployment_options())
         build = _make_builder(self._config, model, workers)
         if self._has_proxy:
-            behind: Any = deployment(serve.ingress(build)(_BehindProxy))
+            behind: Any = deployment(serve.ingress(build)(BehindProxy))
             serve.run(behind.bind(), name=self._name, route_prefix="/")
         else:
             listening: Any = deployment(_Listening)
@@ -102,7 +93,7 @@ class ServeApp:
             serve.shutdown()
 
 
-class _BehindProxy:
+class BehindProxy:
     """What Serve wraps; the application is all of it."""
 
 
@@ -120,18 +111,36 @@ class _Listening:
         await self._listener.stop()
 
 
+def deployment_options() -> dict[str, Any]:
+    """How Serve runs the endpoint."""
+    return {
+        "name": "endpoint",
+        "num_replicas": 1,
+        "max_ongoing_requests": MAX_ONGOING,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": GRACE_S + ENDING_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }
+
+
+def make_router_app(config: ServeConfig, model: ServedModel, workers: Sequence[tuple[str, str]]) -> Starlette:
+    """The application in the replica's process, where neither torch nor an engine is loaded."""
+    from longctx.models.checkpoint import inspect_checkpoint
+    from longctx.models.tokenizer import load_tokenizer
+
+    log_to_terminal("endpoint", logging.WARNING)
+    logging.getLogger("cluster.router").setLevel(logging.INFO)  # workers that come and go
+    tokenizer = load_tokenizer(inspect_checkpoint(config.model.path), config.model.chat_template)
+    handles = [find_worker(name, role, config.ray.namespace) for name, role in workers]
+    return make_app(Router(handles, config, model=model, tokenizer=tokenizer), config.server)
+
+
 def _make_builder(
     config: ServeConfig, model: ServedModel, workers: Sequence[tuple[str, str]]
 ) -> Callable[[], Starlette]:
     def build() -> Starlette:
-        """In the replica's process: neither torch nor an engine is loaded there."""
-        from longctx.models.checkpoint import inspect_checkpoint
-        from longctx.models.tokenizer import load_tokenizer
-
-        log_to_terminal("endpoint", logging.WARNING)
-        logging.getLogger("cluster.router").setLevel(logging.INFO)  # workers that come and go
-        tokenizer = load_tokenizer(inspect_checkpoint(config.model.path), config.model.chat_template)
-        handles = [find_worker(name, role, config.ray.namespace) for name, role in workers]
-        return make_app(Router(handles, config, model=model, tokenizer=tokenizer), config.server)
+        return make_router_app(config, model, workers)
 
     return build

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.config import ServeConfig
+from cluster.resources import share_resources
 from cluster.room import Bundle, find_shortage
 from longctx.cli.command_line import parse
 from longctx.config import compose
@@ -181,3 +183,36 @@ def test_the_training_is_one_that_fits():
 def test_nodes_of_mixed_kinds():
     kinds = {(node["CPU"] > 0, node["GPU"] > 0) for node in nodes_of(cluster_of(read("raycluster.yaml")))}
     assert kinds == {(True, True), (True, False)}
+
+
+def test_the_service_is_one_that_fits():
+    """Its file is one of Serve's, its application's keys compose, and the workers have room on the nodes."""
+    manifest = read("rayservice.yaml")
+    serve = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    assert set(serve) <= {"proxy_location", "http_options", "applications"}
+    (application,) = serve["applications"]
+    assert set(application) == {"name", "route_prefix", "import_path", "args"}
+    module, _, name = application["import_path"].partition(":")
+    source = FOLDER.parent.parent / f"{module.replace('.', '/')}.py"
+    assert f"\ndef {name}(args: dict[str, Any])" in source.read_text()  # importing it takes Ray's environment
+    config = compose(ServeConfig, "serve", application["args"]["overrides"])
+    nodes = nodes_of(cluster_of(manifest))
+    prefill, decode = (share_resources(config, nodes, role) for role in ("prefill", "decode"))
+    assert (prefill, decode) == ((4.0, 1.0), (4.0, 0.0))
+    num_prefill = config.cluster.num_prefill_workers * config.cluster.prefill.sp_degree
+    assert find_shortage(nodes, num_prefill, Bundle(*prefill), "PACK") == ""
+    on_cpus = [node for node in nodes if not node["GPU"]]
+    assert find_shortage(on_cpus, config.cluster.num_decode_workers, Bundle(*decode), "SPREAD") == ""
+
+
+def test_commands_that_are_told_compose():
+    lines = [
+        line.strip() for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith("    longctx ")
+    ]
+    assert len(lines) == 2
+    for text in lines:
+        line = parse(shlex.split(text, comments=True)[1:])
+        compose(load(line.command.root), line.command.config_name, line.overrides)
+        if line.carried:
+            inner = parse(line.carried)
+            compose(load(inner.command.root), inner.command.config_name, inner.overrides)

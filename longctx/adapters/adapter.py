@@ -27,12 +27,13 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 _SETTINGS = "longctx_adapter"  # attribute of an adapted model: its adapter_config.json, and the method's name
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int = 0) -> PreTrainedModel:
     """Freeze ``model`` and give it an adapter, in place; with ``config.path`` that one, to be trained on.
 
     Args:
         model: a decoder of a family that longctx serves, with its weights.
         config: the adapter; ``method`` is not ``none``.
+        seed: of its random weights, which are the same on every rank; other random numbers are not disturbed.
 
     Returns:
         The same model. A new adapter does not change what it computes.
@@ -55,7 +56,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
         "modules_to_save": trained or None,
         "ensure_weight_tying": config.train_embeddings and HEAD not in shapes,
     }
-    _attach(model, method, settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _attach(model, method, settings)
     for name, parameter in model.named_parameters():
         if name in shapes and name.endswith(".weight") and name.split(".")[-2] in trained:
             parameter.requires_grad_(True)

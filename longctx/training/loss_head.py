@@ -29,7 +29,7 @@ class LossHead:
     """
 
     def __init__(self, model: PreTrainedModel, *, tile: int) -> None:
-        head: Any = model.get_output_embeddings()
+        head = model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
             raise ConfigError(f"an output layer of type {type(head).__name__} cannot be trained: a plain linear layer")
         for name in _SCALED:
@@ -39,8 +39,9 @@ class LossHead:
         self._tile = tile
         self._targets_N: torch.Tensor | None = None
         self._scale = 1.0
-        self._head, self._compute_logits = head, head.forward
-        head.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]
+        self._head: Any = head
+        self._compute_logits = head.forward
+        self._head.forward = self._forward
 
     def loss(
         self, model: Callable[..., Any], targets: torch.Tensor, *, scale: float = 1.0, **inputs: Any

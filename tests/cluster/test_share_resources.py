@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from cluster.config import ClusterConfig, DecodeConfig, PrefillConfig, ServeConfig
-from cluster.deployment import share_resources
+from cluster.resources import share_resources
 from longctx.models.config import ModelConfig
 
 
@@ -23,4 +23,12 @@ from longctx.models.config import ModelConfig
 )
 def test_processes_share_what_there_is(nodes, options, device, expected):
     config = ServeConfig(model=ModelConfig(device=device), cluster=dataclasses.replace(ClusterConfig(), **options))
-    assert share_resources(config, nodes) == pytest.approx(expected)
+    assert share_resources(config, nodes, "decode") == pytest.approx(expected)
+
+
+def test_nodes_of_mixed_kinds():
+    """Prompts are computed on GPUs, text is generated on CPUs."""
+    cluster = ClusterConfig(prefill=PrefillConfig(worker_gpus=1.0), decode=DecodeConfig(worker_gpus=0.0))
+    config = ServeConfig(cluster=cluster)
+    nodes = [{"CPU": 32, "GPU": 8}, {"CPU": 32}]
+    assert [share_resources(config, nodes, role) for role in ("prefill", "decode")] == [(1.0, 1.0), (1.0, 0.0)]

@@ -15,7 +15,7 @@ from tests.cluster.gang_scenarios import SCENARIOS
 from tests.longctx.gang_body import make_config, read_seen
 
 ROOT = Path(__file__).parent.parent.parent
-COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray")
+COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray", "data.path=README.md")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def scenarios(tmp_path_factory):
 
 def test_ranks_meet(scenarios):
     folder, answers, printed = scenarios
-    assert answers["meet"] == {"rank": 0, "restart": 0, "loss": 0.5}
+    assert answers["meet"] == {"rank": 0, "restart": 0, "loss": 0.5, "stopped": False}
     seen = read_seen(folder / "meet")
     assert [(each["global_rank"], each["local_rank"], each["local_world_size"]) for each in seen] == [
         (0, 0, 2),

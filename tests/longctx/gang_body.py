@@ -53,7 +53,7 @@ def train_rank(config: TrainConfig, place: RankPlace) -> dict[str, Any]:
     for act in json.loads((folder / "acts.json").read_text()):
         if (act["rank"], act.get("restart", 0)) == (place.global_rank, place.restart):
             ACTS[act["act"]](folder, place)
-    return {"rank": place.global_rank, "restart": place.restart, "loss": 0.5 + place.restart}
+    return {"rank": place.global_rank, "restart": place.restart, "loss": 0.5, "stopped": is_stop_requested()}
 
 
 def write(path: Path, value: Any) -> None:

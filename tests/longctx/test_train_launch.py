@@ -20,8 +20,16 @@ from longctx.training.place import RankOutcome, make_places, order_ranks
 from tests.cli_server import wait_until
 from tests.longctx.gang_body import BODY, NotFiniteError, make_config, read_seen
 
+REPORT = {"rank": 0, "restart": 0, "loss": 0.5, "stopped": False}
 ROOT = Path(__file__).parent.parent.parent
-COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=local")
+COMMAND = (
+    sys.executable,
+    "-m",
+    "tests.longctx.train_command",
+    "train",
+    "cluster.launcher=local",
+    "data.path=README.md",
+)
 
 
 def run(config, stop=None):
@@ -66,7 +74,7 @@ def test_places():
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_ranks_meet(tmp_path, num_ranks):
     acts = [{"rank": rank, "act": "add"} for rank in range(num_ranks)]
-    assert run(make_config(tmp_path, sp_degree=num_ranks, acts=acts)) == {"rank": 0, "restart": 0, "loss": 0.5}
+    assert run(make_config(tmp_path, sp_degree=num_ranks, acts=acts)) == REPORT
     seen = read_seen(tmp_path)
     assert [(each["global_rank"], each["rank"]) for each in seen] == [(rank, str(rank)) for rank in range(num_ranks)]
     assert len({each["pid"] for each in seen}) == num_ranks
@@ -195,11 +203,11 @@ def test_sweep(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[0] == ["optimizer.lr", "rank", "restart", "loss", "output"]
-    assert lines[1] == ["0.0001", "0", "0", "0.5", str(tmp_path / "sweep-0")]
-    assert lines[2][:5] == ["0.0002", "-", "-", "-", str(tmp_path / "sweep-1")]
+    assert lines[0] == ["optimizer.lr", "rank", "restart", "loss", "stopped", "output"]
+    assert lines[1] == ["0.0001", "0", "0", "0.5", "False", str(tmp_path / "sweep-0")]
+    assert lines[2][:6] == ["0.0002", "-", "-", "-", "-", str(tmp_path / "sweep-1")]
     assert "no weights" in done.stdout.splitlines()[2]
-    assert lines[3] == ["0.0003", "0", "0", "0.5", str(tmp_path / "sweep-2")]
+    assert lines[3] == ["0.0003", "0", "0", "0.5", "False", str(tmp_path / "sweep-2")]
 
 
 def is_running(pid):

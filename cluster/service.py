@@ -1,0 +1,61 @@
+"""The endpoint as an application that Ray Serve starts by itself, from a configuration file: KubeRay's RayService.
+
+    import_path: cluster.service:build
+    args: {overrides: [model.path=/data/model, cluster.num_decode_workers=2]}
+
+``longctx serve`` owns the workers and ends with them. Here nobody but Serve stays, so the replica that holds the router
+creates and owns them: they end with it, and the one that follows it makes others.
+"""
+
+import dataclasses
+import uuid
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from starlette.applications import Starlette
+
+from cluster.config import ServeConfig
+from cluster.preflight import check
+from cluster.serve_app import BehindProxy, deployment_options, make_router_app
+from cluster.serving import ServedModel
+from cluster.worker_actors import create_workers, start_workers, wait_for_workers
+from longctx.config import compose
+from longctx.errors import ConfigError
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of ``longctx serve``'s configuration; Serve's proxy listens, whatever ``server.host`` says.
+
+    Args:
+        args: ``overrides``, a list of ``key=value`` and ``group=option`` as ``longctx serve`` takes them.
+
+    Raises:
+        ConfigError, CheckpointError: as ``longctx serve``.
+    """
+    unknown = set(args) - {"overrides"}
+    if unknown:
+        raise ConfigError(f"args of the application: {', '.join(unknown)} is unknown; allowed: overrides")
+    config = compose(ServeConfig, "serve", [*args.get("overrides", []), "ray.address=auto"])
+    config, model = check(config)
+
+    def make() -> Starlette:
+        """In the replica's process."""
+        return _start(config, model)
+
+    deployment = serve.deployment(**deployment_options())
+    return deployment(serve.ingress(make)(BehindProxy)).bind()
+
+
+def _start(config: ServeConfig, model: ServedModel) -> Starlette:
+    """The workers up, and the application in front of them."""
+    # A replica that is on its way out still has workers of these names.
+    namespace = f"{config.ray.namespace}-{uuid.uuid4().hex[:8]}"
+    config = dataclasses.replace(config, ray=dataclasses.replace(config.ray, namespace=namespace))
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    groups = list(create_workers(config, nodes, shares_cores=config.cluster.num_processes > len(nodes)))
+    wait_for_workers(start_workers(groups), timeout_s=config.cluster.start_timeout_s)
+    app = make_router_app(config, model, [(group.handle.name, group.handle.role) for group in groups])
+    app.state.workers = groups  # owned as long as the application lives
+    return app
