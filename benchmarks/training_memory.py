@@ -2,8 +2,9 @@
 
     python -m benchmarks.training_memory --save training-memory
 
-Every configuration is a run of its own of two steps, on the CPU, one thread a rank, random weights. Measured is the most
-that a rank's process had in memory (VmHWM) up to the end of its second step; the fullest rank counts, as in the plan.
+Every configuration is a run of its own of two steps, on the CPU, one thread a rank, random weights. Measured is the
+most that a rank's process had in memory (VmHWM) up to the end of its second step; the fullest rank counts, as in the
+plan.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from longctx.training.launch import launch_locally
 from longctx.training.memory_plan import PARTS, plan_memory
 from longctx.training.sinks.metrics_file import read_metrics
 from longctx.training.time_plan import plan_attention
+from parallel.links import LinkModel
 
 logger = logging.getLogger(__name__)
 
@@ -79,33 +81,33 @@ class Case:
 
 CASES = (
     Case("tiny", 2048),
+    Case("tiny", 8192),
     Case("tiny", 16384),
-    Case("tiny", 8192, others=FULL),
-    Case("tiny", 16384, "bfloat16"),
-    Case("tiny", 8192, "bfloat16", others=FULL),
-    Case("tiny", 16384, sp_degree=2),
-    Case("tiny", 16384, sp_degree=2, others=("parallel.plan=ulysses",)),
-    Case("tiny", 8192, dp_degree=2),
+    Case("tiny", 4096, others=FULL),
+    Case("tiny", 8192, "bfloat16"),
+    Case("tiny", 4096, "bfloat16", others=FULL),
+    Case("tiny", 8192, sp_degree=2),
+    Case("tiny", 8192, sp_degree=2, others=("parallel.plan=ulysses",)),
+    Case("tiny", 4096, dp_degree=2),
     Case("tiny", 8192, others=("train.loss_tile=0",)),
-    Case("22m", 4096, zero_stage=0),
+    Case("22m", 2048, zero_stage=0),
     Case("22m", 4096, zero_stage=1),
-    Case("22m", 4096, zero_stage=2),
-    Case("22m", 4096, zero_stage=3),
-    Case("22m", 8192, "bfloat16", zero_stage=0),
-    Case("22m", 8192, "bfloat16", zero_stage=1),
-    Case("22m", 8192, "bfloat16", zero_stage=2),
-    Case("22m", 8192, "bfloat16", zero_stage=3),
-    Case("22m", 4096, zero_stage=1, dp_degree=2),
+    Case("22m", 2048, zero_stage=2),
+    Case("22m", 2048, zero_stage=3),
+    Case("22m", 2048, "bfloat16", zero_stage=0),
+    Case("22m", 4096, "bfloat16", zero_stage=1),
+    Case("22m", 2048, "bfloat16", zero_stage=2),
+    Case("22m", 2048, "bfloat16", zero_stage=3),
+    Case("22m", 2048, zero_stage=1, dp_degree=2),
     Case("22m", 4096, zero_stage=2, sp_degree=2),
-    Case("22m", 4096, zero_stage=3, sp_degree=2),
-    Case("22m", 4096, "bfloat16", zero_stage=3, dp_degree=2),
-    Case("22m", 8192, others=("train.mlp_tile=1024",)),
-    Case("22m", 8192, others=LORA),
-    Case("22m", 8192, "bfloat16", sp_degree=2, others=LORA),
+    Case("22m", 2048, zero_stage=3, sp_degree=2),
+    Case("22m", 2048, "bfloat16", zero_stage=3, dp_degree=2),
+    Case("22m", 4096, others=("train.mlp_tile=1024",)),
+    Case("22m", 4096, others=LORA),
+    Case("22m", 4096, "bfloat16", sp_degree=2, others=LORA),
     Case("22m", 2048, others=(*LORA, *FULL)),
     Case("110m", 1024),
-    Case("110m", 2048, "bfloat16"),
-    Case("110m", 2048, "bfloat16", zero_stage=2, sp_degree=2),
+    Case("110m", 1024, "bfloat16", zero_stage=2, sp_degree=2),
     Case("110m", 2048, "bfloat16", others=LORA),
 )
 
@@ -121,7 +123,7 @@ def measure(case: Case, checkpoint: Path, folder: Path) -> dict[str, Any]:
     overrides = [f"output={output}", f"model.path={checkpoint}", f"data.path={data}", *case.overrides]
     config = compose(TrainConfig, "train", overrides)
     spec = inspect_checkpoint(checkpoint, require_weights=False)
-    plan = plan_memory(spec, config, plan_attention(spec, config), device_type="cpu")
+    plan = plan_memory(spec, config, plan_attention(spec, config, LinkModel()), device_type="cpu")
     launch_locally(config, stop=threading.Event())
     record = read_metrics(output)[-1]
     shutil.rmtree(output)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from longctx.engine.config import EngineConfig
+from longctx.machine import MachineConfig
 from longctx.models.config import ModelConfig
 from memory.config import TransportConfig
+from parallel.links import LinkModel
 from parallel.option import option, parse_size
 from parallel.plans import PLANS
 
@@ -117,6 +119,14 @@ class ServeConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanServeConfig(ServeConfig):
+    """Everything ``longctx plan serve`` takes."""
+
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    links: LinkModel = field(default_factory=LinkModel)
 
 
 @dataclass(frozen=True, slots=True)

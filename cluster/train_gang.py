@@ -22,6 +22,7 @@ from cluster.local_ray import RaySession
 from cluster.node_address import interface_of
 from cluster.room import Bundle, find_shortage
 from longctx.errors import LongctxError
+from longctx.heap import heap_env
 from longctx.terminal_log import log_to_terminal
 from longctx.training.config import TrainConfig
 from longctx.training.gang import GRACE_S, StoppedError, is_bad, settle
@@ -144,6 +145,7 @@ class TrainGang:
                 num_gpus=bundle.num_gpus,
                 max_concurrency=2,
                 max_restarts=0,
+                runtime_env={"env_vars": heap_env()},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self._placement, placement_group_bundle_index=index
                 ),

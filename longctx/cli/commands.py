@@ -86,6 +86,18 @@ COMMANDS = {
             "cluster.jobs:list_jobs",
         ),
         Command(
+            "plan train",
+            "say whether a training run fits, how long its steps take, and what to change",
+            "longctx.cli.plan_train_config:PlanTrainConfig",
+            "longctx.cli.plan_train:plan_train",
+        ),
+        Command(
+            "plan serve",
+            "say whether every process of a deployment fits, what contexts it holds, and how fast it can be",
+            "cluster.config:PlanServeConfig",
+            "cluster.plan_serve:plan_serve",
+        ),
+        Command(
             "plan attention",
             "show what each exchange plan of a sequence parallel attention moves, and how long it takes",
             "longctx.cli.plan_config:PlanAttentionConfig",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from longctx.cli.plan_config import ELEMENT_SIZES, PlanAttentionConfig
+from longctx.cli.plan_text import align
 from longctx.errors import ConfigError
 from parallel.links import LinkModel, load_links
 from parallel.mask import Mask
@@ -34,7 +35,7 @@ def plan_attention(config: PlanAttentionConfig) -> int:
     lines = [_describe_problem(config), _describe_links(links), ""]
     if config.steps:
         lines += [f"{chosen.plan.name}, step by step:", "", *_describe_steps(chosen.plan), ""]
-    table = _format([_COLUMNS, *(_describe(candidate) for candidate in candidates)])
+    table = align([_COLUMNS, *(_describe(candidate) for candidate in candidates)])
     lines += [*table, "", f"auto takes {pick(candidates).plan.name}"]
     if picture is not None:
         schedules = [(f"{chosen.plan.name}, forward", chosen.forward)]
@@ -115,7 +116,7 @@ def _describe_steps(plan: Plan) -> Iterator[str]:
             ]
             if computes or sends:
                 rows.append((str(step), str(rank), ", ".join(computes) or "-", ", ".join(sends) or "-"))
-    yield from _format(rows)
+    yield from align(rows)
 
 
 def _part(heads: tuple[int, int], plan: Plan) -> str:
@@ -124,11 +125,6 @@ def _part(heads: tuple[int, int], plan: Plan) -> str:
 
 def _size(num_bytes: int) -> str:
     return f"({num_bytes / 1e6:.3f} MB)"
-
-
-def _format(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _describe_problem(config: PlanAttentionConfig) -> str:

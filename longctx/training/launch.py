@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import suppress
 from typing import IO, Any
 
+from longctx.heap import heap_env
 from longctx.terminal_log import MARK
 from longctx.training.config import TrainConfig
 from longctx.training.gang import GRACE_S, is_bad, settle, supervise
@@ -76,7 +77,7 @@ class RankProcess:
         try:
             self._process = subprocess.Popen(
                 words,
-                env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": _pick_gpu(place.local_rank)},
+                env=os.environ | heap_env() | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": _pick_gpu(place.local_rank)},
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output and subprocess.STDOUT,

@@ -18,7 +18,7 @@ from parallel.plan import Plan
 
 PARTS = ("runtime", "weights", "gradients", "optimizer", "activations", "attention", "loss", "buffers")
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2}
-RUNTIME_BYTES = {"cpu": 640 * 2**20, "cuda": 1100 * 2**20}  # of a rank that has imported everything and trains nothing
+RUNTIME_BYTES = {"cpu": 445 * 2**20, "cuda": 1100 * 2**20}  # of a rank that has imported everything and trains nothing
 LIVE_ELEMENTS = 10**9  # of weights that ZeRO 3 keeps gathered
 _FLOAT = 4
 
@@ -72,13 +72,13 @@ class _Rank:
         spec, layer, states = self.spec, self.layer, self.states
         kept = spec.num_layers * layer.kept
         hidden = self.num * spec.hidden_size * self.element
-        early = states.gradients(self._head_weights)
-        late = states.gradients(self.sizes.num_trained)
+        head, every = self._head_weights, self.sizes.num_trained
+        early, late = states.gradients(head), states.gradients(every)
         return [
-            ("loss", self._parts(kept + self._last_norm, 0, self._loss, early, states.early_buffers)),
+            ("loss", self._parts(kept + self._last_norm, 0, self._loss, states.gradients(0), states.buffers(0))),
             ("forward", self._parts(kept + layer.forward + hidden, layer.exchange, 0, states.gradients(0), 0)),
-            ("backward", self._parts(kept + layer.live + hidden, layer.exchange, 0, early, states.early_buffers)),
-            ("first layer", self._parts(layer.kept + layer.live, layer.exchange, 0, late, states.late_buffers)),
+            ("backward", self._parts(kept + layer.live + hidden, layer.exchange, 0, early, states.buffers(head))),
+            ("first layer", self._parts(layer.kept + layer.live, layer.exchange, 0, late, states.buffers(every))),
             ("reduction", self._parts(0, 0, 0, late, states.reduction_buffers + self._embedding_gradient)),
             ("step", self._parts(0, 0, 0, states.step_gradients, states.step_buffers)),
         ]
@@ -136,17 +136,20 @@ class ShardedStates:
         self.holds_params = not (config.deepspeed.offload_params and device_type == "cuda")
         bucket = parse_size(config.deepspeed.bucket_size)
         own = sizes.num_trained * self.element
-        self.bucket = bucket * 2 if device_type == "cuda" else min(bucket, own)
+        self.reserves_buckets = device_type == "cuda"  # a CPU's memory is taken when it is written
+        self.bucket = bucket * 2 if self.reserves_buckets else min(bucket, own)
 
     @property
     def weights(self) -> int:
-        """Of the base and the adapters; under ZeRO 3 this rank's, and those that stay gathered."""
+        """Of the base and the adapters; under ZeRO 3 this rank's, what other ranks' stay gathered, and one copy that
+        cutting them up leaves behind."""
         sizes = self.sizes
         num = sizes.num_weights + sizes.num_adapter_weights
         if self.stage < 3:
             return num * self.element
         own = num // self.world_size if self.holds_params else 0
-        return (own + min(num, LIVE_ELEMENTS)) * self.element
+        gathered = min(num, LIVE_ELEMENTS) if self.world_size > 1 else 0
+        return (own + gathered + sizes.largest_trained // self.world_size) * self.element
 
     @property
     def optimizer(self) -> int:
@@ -158,52 +161,58 @@ class ShardedStates:
 
     def gradients(self, num_done: int) -> int:
         """During a backward that has come to the gradients of ``num_done`` weights."""
-        num_trained, owned = self.sizes.num_trained, self.sizes.num_trained // self.world_size
         if self.stage == 1 and self.is_half:  # float32 sums of all, and what the backward makes
-            return num_trained * _FLOAT + num_done * self.element
+            return self.sizes.num_trained * _FLOAT + num_done * self.element
         if self.stage < 2:
             return num_done * self.element
-        return owned * _FLOAT if self.stage == 3 else 0
+        return self._owned if self.stage == 3 else 0
 
-    @property
-    def early_buffers(self) -> int:
-        """When the backward begins."""
-        return self.bucket if self.stage == 3 else 0
-
-    @property
-    def late_buffers(self) -> int:
-        """Near the backward's end."""
-        return self.bucket if self.stage >= 2 else 0
+    def buffers(self, num_done: int) -> int:
+        """Of gradients on their way to the rank that sums them."""
+        if self.stage < 2:
+            return 0
+        return self.bucket if self.reserves_buckets else min(self.bucket, num_done * self.element)
 
     @property
     def reduction_buffers(self) -> int:
         """While the last gradients are added up over the ranks."""
-        num_trained, owned = self.sizes.num_trained, self.sizes.num_trained // self.world_size
+        num_trained = self.sizes.num_trained
         if self.stage == 0:
             return num_trained * self.element
         if self.stage == 1:
-            return num_trained * (_FLOAT + self.element) if self.is_half else owned * _FLOAT
+            return num_trained * (_FLOAT + self.element) if self.is_half else self._owned
         if self.stage == 2:
-            return 2 * self.bucket + owned * _FLOAT + (self.sizes.largest_trained * _FLOAT if self.is_half else 0)
-        return self.bucket + num_trained * (_FLOAT + self.element if self.is_half else self.element)
+            copies = 2 if self.world_size == 1 else 1
+            return copies * self.bucket + self._owned + (self.sizes.largest_trained * _FLOAT if self.is_half else 0)
+        return 2 * self.bucket + self._owned
 
     @property
     def step_gradients(self) -> int:
-        """While the optimizer steps."""
-        num_trained, owned = self.sizes.num_trained, self.sizes.num_trained // self.world_size
+        """While the optimizer steps the larger group of weights: gradients, and that group's in one tensor."""
+        num_trained = self.sizes.num_trained
         if self.stage == 0:
             return num_trained * (self.element + (_FLOAT if self.is_half else 0))
-        if self.stage == 1:
-            return num_trained * (_FLOAT + self.element) if self.is_half else 2 * owned * _FLOAT
-        return owned * _FLOAT
+        if self.stage == 1 and self.is_half:
+            return num_trained * (_FLOAT + self.element)
+        return self._owned + (0 if self.stage == 2 and self.is_half else self._group)
 
     @property
     def step_buffers(self) -> int:
         """Two temporary tensors of AdamW as large as what it steps at once."""
         if self.is_offloaded:
             return 0
-        largest = self.sizes.largest_trained if self.stage == 0 else self.sizes.largest_group // self.world_size
-        return 2 * largest * _FLOAT + (self.bucket if self.stage == 3 else 0)
+        stepped = self.sizes.largest_trained * _FLOAT if self.stage == 0 else self._group
+        return 2 * stepped + (self.bucket if self.stage == 3 else 0)
+
+    @property
+    def _owned(self) -> int:
+        """A rank's gradients in float32."""
+        return self.sizes.num_trained // self.world_size * _FLOAT
+
+    @property
+    def _group(self) -> int:
+        """A rank's part of the larger group of weights, in float32."""
+        return self.sizes.largest_group // self.world_size * _FLOAT
 
 
 def _count_host(spec: ModelSpec, config: TrainConfig, layers: list[LayerMemory], device_type: str) -> int:

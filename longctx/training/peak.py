@@ -1,15 +1,19 @@
-"""The most that a rank can compute in a second, and the most memory that it has held."""
+"""What a rank can do in a second at most, and what memory it has and has held."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
 _SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices: large enough that more would be no faster
 _MIN_SECONDS = 0.3  # of repeating: what another program takes is to miss some of the repeats
 _STATUS = Path("/proc/self/status")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_COPIED_BYTES, _COPIES = 2**28, 5
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, group: dist.ProcessGroup | None = None) -> float:
@@ -46,6 +50,30 @@ def read_peak_memory(device: torch.device) -> int:
     import resource  # not there on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_machine_memory(device: torch.device, *, num_ranks: int) -> int:
+    """Bytes for each rank: a GPU's own, else this machine's, or its container's, divided by the ranks on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        total = min(total, int(_CGROUP_LIMIT.read_text(encoding="utf-8")))
+    return total // num_ranks
+
+
+def measure_read_speed(device: torch.device) -> float:
+    """Bytes a second that are read and written by copying what does not fit into caches."""
+    source = torch.ones(_COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(_COPIES):
+        begun = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * source.nbytes / best
 
 
 def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
