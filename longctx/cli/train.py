@@ -13,7 +13,7 @@ from longctx.errors import ConfigError, LongctxError
 from longctx.training.config import TrainConfig
 from longctx.training.gang import StoppedError
 from longctx.training.output_lock import lock_output
-from longctx.training.preflight import check_config, check_cores
+from longctx.training.preflight import check_config, check_cores, check_files
 from parallel.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,14 @@ def _prepare(config: TrainConfig) -> TrainConfig:
         output=os.path.abspath(config.output),
         model=model,
         data=dataclasses.replace(data, **paths),
+        peft=dataclasses.replace(config.peft, path=_absolute(config.peft.path)),
         parallel=dataclasses.replace(parallel, links_file=_absolute(parallel.links_file)),
         cluster=cluster,
     )
-    if cluster.launcher == "ray" and cluster.address is None:
-        check_cores(config)
+    if cluster.address is None:
+        check_files(config)
+        if cluster.launcher == "ray":
+            check_cores(config)
     return config
 
 

@@ -6,7 +6,8 @@ the prompt is computed, then the growing length. transformers keeps that in a mu
 here every token carries its own length, so that sequences of different lengths share a batch. Keys in the cache keep
 the rotation they were stored with, as they do there.
 
-Shape legend: T tokens, D rotary dimensions (an even number, at most the head size), P positions.
+Shape legend: T tokens, D rotary dimensions (an even number, at most the head size), F half of them, P positions,
+L different lengths.
 """
 
 from typing import Any
@@ -79,10 +80,11 @@ class RotaryTable:
             is_long_T1 = (rope_lens_T > self.length_threshold).unsqueeze(1)
             long_cos_TD, long_sin_TD = self._tables[1].lookup(positions_T)
             return torch.where(is_long_T1, long_cos_TD, cos_TD), torch.where(is_long_T1, long_sin_TD, sin_TD)
-        lengths = rope_lens_T.tolist()
-        if max(lengths, default=0) <= self.length_threshold:
+        lengths, which_T = rope_lens_T.unique(return_inverse=True)
+        if not lengths.numel() or lengths[-1] <= self.length_threshold:
             return cos_TD, sin_TD
-        inv_freq_TF = torch.stack([self._frequencies_at(length) for length in lengths]).to(self.device)
+        inv_freq_LF = torch.stack([self._frequencies_at(length) for length in lengths.tolist()]).to(self.device)
+        inv_freq_TF = inv_freq_LF.index_select(0, which_T)
         return _turn(positions_T, inv_freq_TF, self.attention_scaling)
 
     def _frequencies_at(self, length: int) -> torch.Tensor:

@@ -52,10 +52,15 @@ def count_context(rope_parameters: dict[str, Any], max_position_embeddings: int)
     """Tokens the model is meant for: linear, dynamic and yarn stretch the trained length by their factor."""
     rope_type = rope_parameters["rope_type"]
     if rope_type in ("linear", "dynamic"):
-        return int(max_position_embeddings * rope_parameters["factor"])
+        return _count(max_position_embeddings, rope_parameters["factor"])
     if rope_type == "yarn":
-        return int(rope_parameters["original_max_position_embeddings"] * rope_parameters["factor"])
+        return _count(rope_parameters["original_max_position_embeddings"], rope_parameters["factor"])
     return max_position_embeddings
+
+
+def _count(num_trained: int, factor: float) -> int:
+    """Whole tokens; 3 x 7.666... is 23, which floating point may miss by a little."""
+    return int(num_trained * factor * (1 + 1e-9))
 
 
 def _check_rope(folder: Path, params: dict[str, Any], config: dict[str, Any]) -> None:

@@ -116,7 +116,10 @@ class CheckpointWriter:
                 logger.error("checkpoint of step %d was not written: %s", self._state["step"], problem)
                 shutil.rmtree(self._partial(self._state["step"]), ignore_errors=True)
                 return None
-            self._prune()
+            try:
+                self._prune()
+            except (OSError, CheckpointError) as problem:
+                logger.warning("old checkpoints could not be removed: %s", problem)
         return final
 
     def _write(self, tensors: dict[str, torch.Tensor], data: dict[str, Any]) -> None:
@@ -127,13 +130,18 @@ class CheckpointWriter:
             save_file(tensors, path)
             _flush(path)
             _write_json(folder / f"rank-{self._rank:04d}.json", data)
-        except (OSError, SafetensorError) as error:
-            self._error, self._status = str(error), _FAILED
+        except Exception as error:  # noqa: BLE001 - in a thread, whatever it is: ranks wait for the status
+            self._error, self._status = f"{folder}: {error}", _FAILED
         else:
             self._status = _WRITTEN
 
     def _commit(self, final: Path) -> None:
         partial = self._partial(self._state["step"])
+        for rank in range(self._world_size):
+            if not (partial / f"rank-{rank:04d}.safetensors").is_file():
+                raise FileNotFoundError(
+                    f"rank {rank} has not written into {self._folder}: is it on another file system?"
+                )
         _write_json(partial / STATE_FILE, self._state | {"version": VERSION, "world_size": self._world_size})
         _flush(partial)
         if final.exists():
@@ -143,9 +151,7 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         found = list_checkpoints(self._folder.parent)
-        metrics: dict[Path, float] = {path: _read_json(path / STATE_FILE)["metric"] for path in found}
-        ranked = sorted(found, key=lambda path: metrics[path])
-        kept = {*found[-self._keep_last :], *ranked[: self._keep_best]}
+        kept = {*found[-self._keep_last :], *rank_checkpoints(self._folder.parent)[: self._keep_best]}
         for path in found:
             if path not in kept:
                 hidden = path.with_name(f".{path.name}.partial")
@@ -153,10 +159,10 @@ class CheckpointWriter:
                 shutil.rmtree(hidden, ignore_errors=True)
 
     def _partial(self, step: int) -> Path:
-        return self._folder / f".step-{step:08d}.partial"
+        return self._folder / f".{name_checkpoint(step)}.partial"
 
     def _final(self, step: int) -> Path:
-        return self._folder / f"step-{step:08d}"
+        return self._folder / name_checkpoint(step)
 
 
 class CheckpointReader:
@@ -201,17 +207,6 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: {part} of {name} has {done} of {numel} elements")
         return whole
 
-    def check_shapes(self, shapes: dict[str, list[int]]) -> None:
-        """Raise ``CheckpointError`` naming the first weight that is not as the checkpoint has it."""
-        saved = self.state["shapes"]
-        for name in sorted(saved.keys() | shapes.keys()):
-            if saved.get(name) != shapes.get(name):
-                raise CheckpointError(
-                    f"{self.folder} is of another model: {name} is {saved.get(name, 'not there')} in it, and "
-                    f"{shapes.get(name, 'not there')} in what is trained; use the model and peft it was made with, or "
-                    "another output"
-                )
-
     def _index(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
@@ -223,9 +218,27 @@ class CheckpointReader:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
+def name_checkpoint(step: int) -> str:
+    """The folder's; in the order of steps."""
+    return f"step-{step:08d}"
+
+
 def list_checkpoints(output: Path) -> list[Path]:
     """Whole checkpoints of a run, the oldest first."""
     return sorted(path for path in (output / FOLDER).glob("step-*") if (path / STATE_FILE).is_file())
+
+
+def rank_checkpoints(output: Path) -> list[Path]:
+    """Whole checkpoints of a run, the one of the lowest ``metric`` first."""
+    return sorted(list_checkpoints(output), key=lambda path: _read_json(path / STATE_FILE)["metric"])
+
+
+def describe_last_good(output: Path, num_steps: int) -> str:
+    """The newest checkpoint from before what the weights became after ``num_steps`` steps, for error messages."""
+    found = list_checkpoints(output)
+    good = [path for path in found if path.name < name_checkpoint(num_steps)]
+    told = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint before"
+    return told + ("" if good == found else f"; {found[-1].name} has the weights that it happened with")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -64,7 +64,9 @@ class DeepSpeedTraining:
         num_micro_steps: int,
         leaves: Sequence[torch.nn.Module] = (),
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = load_deepspeed()
+        warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # what it calls
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         for leaf in leaves if config.zero_stage == 3 else ():
             deepspeed.utils.set_z3_leaf_module(leaf, True)
         self._gathered = deepspeed.zero.GatheredParameters
@@ -209,20 +211,26 @@ class DeepSpeedTraining:
             weight.data.copy_(read(weight.numel()).view(weight.shape))
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed without the operator that it would compile for a minute on a machine without a GPU."""
+def load_deepspeed() -> Any:
+    """DeepSpeed, imported without what it would compile: an operator, for a minute; and an optimizer that nobody uses
+    here, for which torch's compiler alone takes two seconds to import."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with redirect_stdout(io.StringIO()):  # a warning that there is no GPU
-        import deepspeed
-        from deepspeed import ops
-        from deepspeed.utils import logger
-
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # what it calls
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    compile_function = torch.compile
+    torch.compile = _leave_as_it_is  # type: ignore[assignment]
+    try:
+        with redirect_stdout(io.StringIO()):  # a warning that there is no GPU
+            import deepspeed
+            import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        torch.compile = compile_function
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
+
+
+def _leave_as_it_is(function: Any = None, **_: Any) -> Any:
+    return (lambda decorated: decorated) if function is None else function
 
 
 def _group_by_decay(parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

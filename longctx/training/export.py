@@ -52,6 +52,8 @@ def export_model(reader: CheckpointReader, config: TrainConfig, spec: ModelSpec,
     for pattern in _COPIED:
         for path in spec.path.glob(pattern):
             shutil.copy2(path, hidden / path.name)
+    if config.data.chat_template is not None:
+        shutil.copy2(config.data.chat_template, hidden / "chat_template.jinja")
     _write_weights(reader, DTYPES[config.model.dtype], hidden)
     replace_folder(hidden, folder)
     return folder

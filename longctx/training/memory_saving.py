@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from longctx.errors import ConfigError
 from longctx.training.activation_checkpointing import checkpoint_layers
 from longctx.training.activation_store import open_store
 from longctx.training.config import TrainLoopConfig
@@ -27,13 +26,8 @@ def save_memory(
         Modules that must be leaves under ZeRO-3; see ``tile_mlps``.
 
     Raises:
-        ConfigError: for choices that do not go together, or that this model has no part for.
+        ConfigError: if this model has no part for a choice.
     """
-    if config.activation_offload and not config.activation_checkpointing:
-        raise ConfigError(
-            "train.activation_offload=true with train.activation_checkpointing=false is not allowed: only what "
-            "checkpointing keeps is offloaded; set train.activation_checkpointing=true"
-        )
     leaves = tile_mlps(model, tile=config.mlp_tile) if config.mlp_tile else []
     if config.activation_checkpointing:
         store = open_store(device, scratch) if config.activation_offload else None

@@ -1,20 +1,56 @@
 """What can be wrong with ``longctx train`` before anything runs, found in two seconds and without Ray or torch."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
-from longctx.errors import ConfigError
-from longctx.training.config import TrainConfig
+from longctx.errors import CheckpointError, ConfigError
+from longctx.models.checkpoint import ModelSpec, inspect_checkpoint
+from longctx.models.tensor_files import read_json
+from longctx.training.config import TrainAttentionConfig, TrainConfig, TrainModelConfig
+from longctx.training.data.sources import check_path
+
+MIN_TOKENS_PER_RANK = 8  # packed documents may leave a rank without a token below a few of them
+CHECKPOINTS = "checkpoints/step-*/state.json"  # in the output folder
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise ``ConfigError`` for keys that are allowed each, but not together; the text says what would fit."""
-    parallel, batch_size = config.parallel, config.train.batch_size
-    if batch_size % parallel.dp_degree:
-        lower = batch_size // parallel.dp_degree * parallel.dp_degree
-        fits = " or ".join(str(size) for size in (lower, lower + parallel.dp_degree) if size)
+    for check in _CHECKS:
+        check(config)
+
+
+def check_files(config: TrainConfig) -> None:
+    """Raise ``ConfigError`` or ``CheckpointError`` for a model or data that cannot be trained on, as seen from here."""
+    spec = inspect_checkpoint(config.model.path, require_weights=config.model.init == "checkpoint")
+    check_context(spec, config.model, config.train.context_length)
+    _check_attention(spec, config.attention)
+    check_path(config.data.path, config.data)
+    if config.data.eval_path is not None:
+        check_path(config.data.eval_path, config.data, option="data.eval_path")
+    if config.checkpoint.resume == "must" and not any(Path(config.output).glob(CHECKPOINTS)):
+        raise CheckpointError(f"{config.output}: there is no checkpoint, and checkpoint.resume is must")
+
+
+def check_context(spec: ModelSpec, config: TrainModelConfig, context_length: int) -> None:
+    """Raise ``ConfigError`` if the model does not take ``context_length`` tokens as configured."""
+    if context_length > spec.max_context and config.rope_scaling == "keep" and config.rope_theta is None:
         raise ConfigError(
-            f"train.batch_size={batch_size} is not allowed with parallel.dp_degree={parallel.dp_degree}: each group "
-            f"of ranks trains on as many sequences; a batch of {fits} would fit"
+            f"train.context_length={context_length} is not allowed: {spec.name} takes at most {spec.max_context} "
+            "tokens; model.rope_scaling=yarn (or linear, dynamic) or a higher model.rope_theta stretches it"
+        )
+    if config.rope_scaling != "keep" and spec.rope_type not in ("default", config.rope_scaling):
+        raise ConfigError(
+            f"model.rope_scaling={config.rope_scaling} is not allowed: {spec.name} has {spec.rope_type} scaling; keep"
+        )
+
+
+def check_sf(config: TrainAttentionConfig) -> None:
+    """Raise ``ConfigError`` if sinks would fill the groups of shifted sparse attention."""
+    if config.sink_tokens > config.group_size // 2:
+        raise ConfigError(
+            f"attention.sink_tokens={config.sink_tokens} is not allowed: at most half of attention.group_size, "
+            f"{config.group_size // 2}"
         )
 
 
@@ -30,3 +66,74 @@ def check_cores(config: TrainConfig) -> None:
         f"cluster.cpus_per_rank={int(100 * num_cores / num_ranks) / 100:g} lets them share cores, "
         "cluster.address=HOST:PORT takes a Ray cluster"
     )
+
+
+def _check_attention(spec: ModelSpec, config: TrainAttentionConfig) -> None:
+    dropout = read_json(spec.path / "config.json").get("attention_dropout")
+    if dropout:
+        raise CheckpointError(f"{spec.path}: config.json: attention_dropout={dropout} is not supported in training; 0")
+    windows = {window for window in spec.sliding_windows if window is not None}
+    if config.name == "sf" and windows:
+        raise ConfigError(
+            f"attention.name=sf is not allowed: {spec.name} has sliding windows of {max(windows)} tokens; dense"
+        )
+
+
+def _check_batch(config: TrainConfig) -> None:
+    parallel, batch_size = config.parallel, config.train.batch_size
+    if batch_size % parallel.dp_degree:
+        lower = batch_size // parallel.dp_degree * parallel.dp_degree
+        fits = " or ".join(str(size) for size in (lower, lower + parallel.dp_degree) if size)
+        raise ConfigError(
+            f"train.batch_size={batch_size} is not allowed with parallel.dp_degree={parallel.dp_degree}: each group "
+            f"of ranks trains on as many sequences; a batch of {fits} would fit"
+        )
+
+
+def _check_length(config: TrainConfig) -> None:
+    sp_degree, length = config.parallel.sp_degree, config.train.context_length
+    if sp_degree > 1 and length < sp_degree * MIN_TOKENS_PER_RANK:
+        raise ConfigError(
+            f"train.context_length={length} is not allowed with parallel.sp_degree={sp_degree}: at least "
+            f"{sp_degree * MIN_TOKENS_PER_RANK}, {MIN_TOKENS_PER_RANK} tokens a rank; "
+            + (f"parallel.sp_degree={length // MIN_TOKENS_PER_RANK or 1} would fit")
+        )
+
+
+def _check_offload(config: TrainConfig) -> None:
+    deepspeed = config.deepspeed
+    for name, is_on, stages in (
+        ("offload_optimizer", deepspeed.offload_optimizer, "1, 2 or 3"),
+        ("offload_params", deepspeed.offload_params, "3"),
+    ):
+        if is_on and str(deepspeed.zero_stage) not in stages:
+            raise ConfigError(
+                f"deepspeed.{name}=true is not allowed with deepspeed.zero_stage={deepspeed.zero_stage}: it takes "
+                f"stage {stages}"
+            )
+    if config.train.activation_offload and not config.train.activation_checkpointing:
+        raise ConfigError(
+            "train.activation_offload=true with train.activation_checkpointing=false is not allowed: only what "
+            "checkpointing keeps is offloaded; set train.activation_checkpointing=true"
+        )
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    if config.train.eval_every and config.data.eval_path is None:
+        raise ConfigError(
+            f"train.eval_every={config.train.eval_every} is not allowed without data.eval_path, which is evaluated on"
+        )
+
+
+def _check_sf(config: TrainConfig) -> None:
+    if config.attention.name == "sf":
+        check_sf(config.attention)
+
+
+_CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
+    _check_batch,
+    _check_length,
+    _check_offload,
+    _check_evaluation,
+    _check_sf,
+)

@@ -1,17 +1,15 @@
 """Builds what one rank trains with: the world, the model with its adapter and attention, DeepSpeed, data."""
 
-import logging
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from longctx.adapters.adapter import add_adapter
-from longctx.errors import CheckpointError
+from longctx.errors import CheckpointError, ConfigError
 from longctx.models.checkpoint import inspect_checkpoint
 from longctx.models.tokenizer import load_tokenizer
 from longctx.training.attention import ATTENTION
-from longctx.training.checkpoints import CheckpointReader, list_checkpoints
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
 from longctx.training.data.stream import SequenceStream, merge_states, read_eval_sequences
@@ -21,12 +19,11 @@ from longctx.training.loss_head import LossHead
 from longctx.training.memory_saving import save_memory
 from longctx.training.peak import measure_peak_flops, read_peak_memory
 from longctx.training.place import RankPlace
+from longctx.training.resume import check_weights, find_checkpoint
 from longctx.training.sequence_parallel import SequenceParallel
 from longctx.training.starting_model import DTYPES, build_starting_model
 from longctx.training.world import TrainingWorld
 from parallel.links import load_links
-
-logger = logging.getLogger(__name__)
 
 
 class RunParts:
@@ -45,19 +42,22 @@ class RunParts:
         self.device = choose_device(config.model.device)
         self.spec = inspect_checkpoint(config.model.path, require_weights=config.model.init == "checkpoint")
         tokenizer = load_tokenizer(self.spec, config.data.chat_template)
+        if tokenizer.vocab_size > self.spec.vocab_size:
+            raise CheckpointError(
+                f"{self.spec.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {self.spec.vocab_size}"
+            )
         parallel = config.parallel
         self.world = TrainingWorld(
             place.global_rank, parallel, address=place.master_address, port=place.master_port, device=self.device
         )
         self.peak_flops = config.logger.peak_flops or measure_peak_flops(self.device, DTYPES[config.model.dtype])
         self._build_model()
-        reader = find_checkpoint(config)
+        reader = find_checkpoint(config, restart=place.restart)
         if reader is not None:
-            reader.check_shapes(self.shapes)
+            check_weights(reader, self.shapes, config)
             self.engine.restore(reader.state["step"], reader.read)
-            if self.world.rank == 0:
-                logger.info("going on from %s", reader.folder)
         self.first_step: int = reader.state["step"] if reader else 0
+        self.first_loss: float = reader.state["loss"] if reader else float("nan")
         lanes_per_rank = config.train.batch_size // parallel.dp_degree
         first_lane = self.world.at.dp_rank * lanes_per_rank
         self.stream = SequenceStream(
@@ -147,17 +147,9 @@ class RunParts:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: a GPU if there is one."""
+    """``auto``: a GPU if there is one. Raises ``ConfigError`` for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device=cuda is not allowed: torch finds no GPU for this rank; cpu, or fewer ranks")
     return torch.device(name)
-
-
-def find_checkpoint(config: TrainConfig) -> CheckpointReader | None:
-    """What the run goes on from, as ``checkpoint.resume`` says; raises ``CheckpointError`` if it must and cannot."""
-    if config.checkpoint.resume == "never":
-        return None
-    found = list_checkpoints(Path(config.output))
-    if not found and config.checkpoint.resume == "must":
-        raise CheckpointError(f"{config.output}: there is no checkpoint, and checkpoint.resume is must")
-    return CheckpointReader(found[-1]) if found else None

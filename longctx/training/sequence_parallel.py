@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longctx.training.document_rope import DocumentRope
 from longctx.training.tiled_loss import IGNORED
 from parallel.attention import TIMEOUT_S, sequence_parallel_attention
 from parallel.layout import LAYOUTS, check_cu_seqlens
@@ -32,6 +33,7 @@ class SequenceShard:
     input_ids: torch.Tensor  # [1, num_local_tokens]
     position_ids: torch.Tensor  # of each token in its document
     targets: torch.Tensor  # the token behind each, IGNORED where it does not count
+    document_lengths: torch.Tensor  # of each token's document
     cu_seqlens: tuple[int, ...]  # of the whole sequence
 
 
@@ -70,6 +72,7 @@ class SequenceParallel:
         self._cu_seqlens: tuple[int, ...] | None = (
             None  # of the sequence that is being run, also while it is recomputed
         )
+        self._rope = DocumentRope(model)
         self.trace: Path | None = None  # see sequence_parallel_attention; of calls from when it is set
         name = f"longctx_sequence_parallel_{next(_numbers)}"
         AttentionInterface.register(name, self._attend)
@@ -122,6 +125,7 @@ class SequenceParallel:
             self._cut(input_ids, bounds),
             self._cut(positions[None], bounds),
             self._cut(shift_labels(labels, bounds), bounds),
+            self._cut(lengths.repeat_interleave(lengths)[None], bounds),
             bounds,
         )
 
@@ -133,6 +137,7 @@ class SequenceParallel:
             forward: of ``input_ids``, ``position_ids`` and ``targets``; runs the model and sums the losses.
         """
         self._cu_seqlens = shard.cu_seqlens
+        self._rope.set_lengths(shard.document_lengths)
         return forward(input_ids=shard.input_ids, position_ids=shard.position_ids, targets=shard.targets)
 
     def reduce_gradients(self) -> None:

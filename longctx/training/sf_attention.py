@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.errors import ConfigError
 from longctx.training.config import TrainAttentionConfig
+from longctx.training.preflight import check_sf
 from parallel.attention import sequence_parallel_attention
 from parallel.layout import Layout, make_layout
 from parallel.tile_attention import accumulator_dtype
@@ -50,11 +50,7 @@ class SFAttention:
     """
 
     def __init__(self, config: TrainAttentionConfig) -> None:
-        if config.sink_tokens > config.group_size // 2:
-            raise ConfigError(
-                f"attention.sink_tokens={config.sink_tokens} is not allowed: at most half of attention.group_size, "
-                f"{config.group_size // 2}"
-            )
+        check_sf(config)
         self.group_size, self.num_sinks = config.group_size, config.sink_tokens
         self.returned_heads = config.returned_heads
 

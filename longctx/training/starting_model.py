@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from longctx.errors import ConfigError
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.loading import build_model, read_transformers_config
 from longctx.training.config import TrainModelConfig
+from longctx.training.preflight import check_context
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,19 +38,6 @@ def build_starting_model(
     return model.to(device).train()
 
 
-def check_context(spec: ModelSpec, config: TrainModelConfig, context_length: int) -> None:
-    """Raise ``ConfigError`` if the model does not take ``context_length`` tokens as configured."""
-    if context_length > spec.max_context and config.rope_scaling == "keep" and config.rope_theta is None:
-        raise ConfigError(
-            f"train.context_length={context_length} is not allowed: {spec.name} takes at most {spec.max_context} "
-            "tokens; model.rope_scaling=yarn (or linear, dynamic) or a higher model.rope_theta stretches it"
-        )
-    if config.rope_scaling != "keep" and spec.rope_type not in ("default", config.rope_scaling):
-        raise ConfigError(
-            f"model.rope_scaling={config.rope_scaling} is not allowed: {spec.name} has {spec.rope_type} scaling; keep"
-        )
-
-
 def stretch_rope(settings: Any, spec: ModelSpec, config: TrainModelConfig, context_length: int) -> None:
     """Change a transformers configuration to what is trained."""
     check_context(spec, config, context_length)
@@ -61,7 +48,8 @@ def stretch_rope(settings: Any, spec: ModelSpec, config: TrainModelConfig, conte
     if config.rope_scaling == "keep":
         settings.max_position_embeddings = max(settings.max_position_embeddings, context_length)
     else:
-        rope |= {"rope_type": config.rope_scaling, "factor": max(1.0, context_length / trained_length)}
+        factor = max(1.0, float(rope.get("factor", 1.0)), context_length / trained_length)
+        rope |= {"rope_type": config.rope_scaling, "factor": factor}
         if config.rope_scaling == "yarn":
             rope["original_max_position_embeddings"] = trained_length
     settings.rope_parameters = rope

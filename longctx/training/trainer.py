@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import TrainingError
-from longctx.training.checkpoints import CheckpointReader, CheckpointWriter, list_checkpoints
+from longctx.training.checkpoints import CheckpointReader, CheckpointWriter, describe_last_good
+from longctx.training.conclusion import conclude_run
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
 from longctx.training.export import export_adapter, export_model
+from longctx.training.output_lock import WRITER_NAME, lock_output
 from longctx.training.place import RankPlace
 from longctx.training.record import StepRecord
-from longctx.training.report import write_report
 from longctx.training.run_parts import RunParts
 from longctx.training.schedule import learning_rate
 from longctx.training.step_log import open_step_log
@@ -37,6 +39,7 @@ from longctx.training.stop import is_stop_requested
 logger = logging.getLogger(__name__)
 
 _WRITE_WAIT_S = 0.02
+_OWNER_WAIT_S = 60.0  # for the rank 0 of a gang that was given up, on another node perhaps, to be gone
 
 
 def train_rank(config: TrainConfig, place: RankPlace) -> dict[str, Any]:
@@ -53,11 +56,14 @@ def train_rank(config: TrainConfig, place: RankPlace) -> dict[str, Any]:
         TrainingError: if the loss is not a number.
         ConfigError, CheckpointError: for what cannot be trained.
     """
-    parts = RunParts(config, place)
-    try:
-        return TrainingRun(config, parts).train()
-    finally:
-        parts.close()
+    with (
+        nullcontext() if place.global_rank else lock_output(Path(config.output), name=WRITER_NAME, wait_s=_OWNER_WAIT_S)
+    ):
+        parts = RunParts(config, place)
+        try:
+            return TrainingRun(config, parts).train()
+        finally:
+            parts.close()
 
 
 class TrainingRun:
@@ -67,8 +73,10 @@ class TrainingRun:
         self._config, self._parts, self._world = config, parts, parts.world
         self._output = Path(config.output)
         self._step = self._saved_step = parts.first_step
-        self._loss = float("nan")
+        self._loss = parts.first_loss
         self._evaluated: float | None = None
+        self._evaluated_step = -1
+        self._sequences: Sequence[PackedSequence] = ()
         self._is_stopped = False
         self._failed_writes = 0
         self._writer = CheckpointWriter(
@@ -98,7 +106,7 @@ class TrainingRun:
                     self._parts.parallel.trace = folder
                     record = self.train_step()
                 if self._is_due(config.train.eval_every):
-                    self._evaluated = self._evaluate()
+                    self._evaluate()
                     record = dataclasses.replace(record, eval_loss=self._evaluated)
                 log.write(record)
                 if self._is_due(config.checkpoint.every):
@@ -115,7 +123,7 @@ class TrainingRun:
         """The next optimizer step."""
         begun = time.perf_counter()
         parts, config = self._parts, self._config
-        sequences = parts.stream.next_batch()
+        self._sequences = sequences = parts.stream.next_batch()
         num_targets = self._count_targets(sequences)
         lr = learning_rate(config.optimizer, self._step, config.train.num_steps)
         own_loss = 0.0
@@ -125,10 +133,10 @@ class TrainingRun:
             loss = parts.loss(sequence, scale=1 / num_targets)
             parts.engine.backward(loss)
             own_loss += float(loss.detach())
-        self._loss = self._agree(own_loss, sequences)
+        self._loss = self._agree(own_loss)
         norm = parts.engine.step(lr)
         if not math.isfinite(norm):
-            self._fail(f"the gradients' norm is {norm}", sequences)
+            self._fail(f"the gradients' norm is {norm}")
         self._step += 1
         return self._record(sequences, num_targets, lr, norm, time.perf_counter() - begun)
 
@@ -140,7 +148,7 @@ class TrainingRun:
             raise TrainingError(f"step {self._step + 1}: no token counts in the loss; its rows begin with {rows}")
         return int(count)
 
-    def _agree(self, own_loss: float, sequences: Sequence[PackedSequence]) -> float:
+    def _agree(self, own_loss: float) -> float:
         """The step's loss; ends a checkpoint that every rank has written, and learns whether to stop."""
         writer = self._writer
         told = [own_loss, float(writer.is_written), float(writer.has_failed), float(is_stop_requested())]
@@ -148,19 +156,20 @@ class TrainingRun:
         self._end_checkpoint(num_written, num_failed)
         self._is_stopped = num_stops > 0
         if not math.isfinite(loss):
-            self._fail(f"the loss is {loss}", sequences, is_culprit=not math.isfinite(own_loss))
+            self._fail(f"the loss is {loss}", is_culprit=not math.isfinite(own_loss))
         return loss
 
-    def _fail(self, problem: str, sequences: Sequence[PackedSequence], *, is_culprit: bool = True) -> None:
+    def _fail(self, problem: str, *, is_culprit: bool = True) -> None:
         """Raise with where the numbers came from, on every rank alike."""
-        own = [row for sequence in sequences for row in sequence.provenance] if is_culprit else []
+        own = [row for sequence in self._sequences for row in sequence.provenance] if is_culprit else []
         all_rows: list[list[str]] = [[]] * self._world.world_size
         dist.all_gather_object(all_rows, own[:8])
         rows = list(dict.fromkeys(row for rank in all_rows for row in rank))
         self._settle()
-        good = list_checkpoints(self._output)
-        last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-        raise TrainingError(f"step {self._step + 1}: {problem}; rows of its sequences: {', '.join(rows)}; {last}")
+        raise TrainingError(
+            f"step {self._step + 1}: {problem}; rows of its sequences: {', '.join(rows)}; "
+            + describe_last_good(self._output, self._step)
+        )
 
     def _record(
         self, sequences: Sequence[PackedSequence], num_targets: int, lr: float, norm: float, seconds: float
@@ -188,12 +197,12 @@ class TrainingRun:
             num_skipped_rows=int(num_skipped),
         )
 
-    def _evaluate(self) -> float | None:
+    def _evaluate(self) -> None:
         """Mean loss over the evaluation's sequences, which the groups of ranks take in turns."""
         parts = self._parts
         sequences = parts.eval_sequences
-        if not sequences:
-            return None
+        if not sequences or self._evaluated_step == self._step:
+            return
         parts.engine.train(False)
         total, count = 0.0, 0
         dp_degree = self._config.parallel.dp_degree
@@ -207,15 +216,18 @@ class TrainingRun:
                     count += sequence.num_targets if self._world.at.sp_rank == 0 else 0
         parts.engine.train(True)
         loss, num_targets = self._world.add_up([total, float(count)])
-        return loss / num_targets if num_targets else None
+        self._evaluated, self._evaluated_step = loss / num_targets, self._step
 
     def _begin_checkpoint(self) -> None:
         self._settle()
+        if self._config.checkpoint.keep_best:
+            self._evaluate()  # the best is to be told by one measure
+        metric = self._loss if self._evaluated is None else self._evaluated
         state = {
             "step": self._step,
             "loss": self._loss,
             "eval_loss": self._evaluated,
-            "metric": self._evaluated if self._evaluated is not None else self._loss,
+            "metric": metric if math.isfinite(metric) else math.inf,
             "shapes": self._parts.shapes,
             "config": dataclasses.asdict(self._config),
         }
@@ -247,7 +259,7 @@ class TrainingRun:
         """The last evaluation and checkpoint."""
         config = self._config
         if self._parts.eval_sequences and not self._is_due(config.train.eval_every) and not self._is_stopped:
-            self._evaluated = self._evaluate()
+            self._evaluate()
             if self._world.rank == 0:
                 logger.info("evaluation loss %.4f", self._evaluated)
         self._settle()
@@ -255,21 +267,16 @@ class TrainingRun:
             self._begin_checkpoint()
             self._settle()
         if self._failed_writes:
-            good = list_checkpoints(self._output)
             raise TrainingError(
                 f"the checkpoint of step {self._step} could not be written into {self._output}; "
-                + (f"the last good one is {good[-1]}" if good else "there is none before")
+                + describe_last_good(self._output, self._step)
             )
 
     def _conclude(self) -> dict[str, Any]:
         final: Path | None = None
         if self._world.rank == 0:
-            checkpoints = list_checkpoints(self._output)
-            if self._config.checkpoint.export and not self._is_stopped:
-                final = self._export(checkpoints[-1])
-            report = write_report(self._output, self._config, final=final, checkpoint=checkpoints[-1])
-            logger.info("report: %s%s", report, f"; model: {final}" if final else "")
-        self._world.add_up([0.0])  # nobody leaves before rank 0 has exported
+            wants_model = self._config.checkpoint.export and not self._is_stopped
+            final = conclude_run(self._output, self._config, export=self._export if wants_model else None)
         return {
             "steps": self._step,
             "loss": self._loss,
@@ -278,8 +285,7 @@ class TrainingRun:
             "final": str(final) if final else None,
         }
 
-    def _export(self, checkpoint: Path) -> Path:
-        reader, folder = CheckpointReader(checkpoint), self._output / "final"
+    def _export(self, reader: CheckpointReader, folder: Path) -> Path:
         if self._parts.has_adapter:
             return export_adapter(reader, self._config, self._parts.parallel.model, folder)
         return export_model(reader, self._config, self._parts.spec, folder)

@@ -15,7 +15,7 @@ from tests.cluster.gang_scenarios import SCENARIOS
 from tests.longctx.gang_body import make_config, read_seen
 
 ROOT = Path(__file__).parent.parent.parent
-COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray")
+COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray", "data.path=README.md")
 
 
 @pytest.fixture(scope="module")

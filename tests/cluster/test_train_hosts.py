@@ -1,7 +1,7 @@
 """Training on a Ray cluster of three hosts: one is lost in the middle, and the training goes on without it.
 
-The hosts are network namespaces with a ``ray start`` each. Ranks run ``tests/longctx/gang_body.py`` where a test is of what
-they saw, and the trainer where it is of what they trained.
+The hosts are network namespaces with a ``ray start`` each. Where a test is of what ranks saw, they run
+``tests/longctx/gang_body.py``; where it is of what they trained, the trainer.
 """
 
 import json
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not can_make_networks(), reason="network namespaces take root, ip and tc"),
 ]
 TRAIN = (*LONGCTX, "train", "cluster.launcher=ray")
-COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray")
+COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=ray", "data.path=README.md")
 NUM_RANKS = 4
 
 

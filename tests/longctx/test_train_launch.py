@@ -22,7 +22,14 @@ from tests.longctx.gang_body import BODY, NotFiniteError, make_config, read_seen
 
 REPORT = {"rank": 0, "restart": 0, "loss": 0.5, "stopped": False}
 ROOT = Path(__file__).parent.parent.parent
-COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluster.launcher=local")
+COMMAND = (
+    sys.executable,
+    "-m",
+    "tests.longctx.train_command",
+    "train",
+    "cluster.launcher=local",
+    "data.path=README.md",
+)
 
 
 def run(config, stop=None):

@@ -63,6 +63,34 @@ def open_source(path: str | None, config: DataConfig, *, option: str = "data.pat
     Raises:
         ConfigError: nothing is there, it has no rows, or its format is not clear.
     """
+    format_name, files = _choose_files(path, config, option)
+    source: RowSource = SOURCES.get(format_name)(files, config)
+    if len(source) == 0:
+        raise ConfigError(f"{option}={path} is empty: {len(files)} {format_name} files without a row")
+    return source
+
+
+def check_path(path: str | None, config: DataConfig, *, option: str = "data.path") -> None:
+    """Raise ``ConfigError`` as ``open_source`` does, for what shows without reading a file."""
+    _, files = _choose_files(path, config, option)
+    if all(file.is_file() and not file.stat().st_size for file in files):
+        raise ConfigError(f"{option}={path} is empty: {len(files)} files without a byte")
+
+
+def locate(first_rows: list[int], row_idx: int) -> tuple[int, int]:
+    """Which of several files has a row, and its number there.
+
+    Args:
+        first_rows: ``[num_files + 1]``, the number of each file's first row, and of all rows.
+        row_idx: over all files.
+    """
+    assert 0 <= row_idx < first_rows[-1], f"row {row_idx} of {first_rows[-1]}"
+    file_idx = bisect_right(first_rows, row_idx) - 1
+    return file_idx, row_idx - first_rows[file_idx]
+
+
+def _choose_files(path: str | None, config: DataConfig, option: str) -> tuple[str, list[Path]]:
+    """The format's name, and the files or folders of it."""
     if not path:
         raise ConfigError(f"{option} is not set; it takes a file, a folder or a glob of files")
     found = _find(path, option)
@@ -76,22 +104,7 @@ def open_source(path: str | None, config: DataConfig, *, option: str = "data.pat
     if not files:
         wanted = "a folder that datasets' save_to_disk wrote" if folders else " ".join(SUFFIXES[format_name])
         raise ConfigError(f"{option}={path} has nothing of data.format={format_name} ({wanted})")
-    source: RowSource = SOURCES.get(format_name)(files, config)
-    if len(source) == 0:
-        raise ConfigError(f"{option}={path} is empty: {len(files)} {format_name} files without a row")
-    return source
-
-
-def locate(first_rows: list[int], row_idx: int) -> tuple[int, int]:
-    """Which of several files has a row, and its number there.
-
-    Args:
-        first_rows: ``[num_files + 1]``, the number of each file's first row, and of all rows.
-        row_idx: over all files.
-    """
-    assert 0 <= row_idx < first_rows[-1], f"row {row_idx} of {first_rows[-1]}"
-    file_idx = bisect_right(first_rows, row_idx) - 1
-    return file_idx, row_idx - first_rows[file_idx]
+    return format_name, files
 
 
 def _find(path: str, option: str) -> list[_Found]:

@@ -4,30 +4,35 @@ A step trains on one sequence of each lane over all ranks, so ``num_lanes`` is `
 parallelism has some of them, and the ranks that share its sequences have the same ones.
 """
 
+import hashlib
+import json
 import queue
 import threading
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from longctx.errors import CheckpointError, ConfigError
+from longctx.errors import CheckpointError, ConfigError, DataError
 from longctx.models.tokenizer import Tokenizer
 from longctx.training.data.config import DataConfig
 from longctx.training.data.documents import DocumentEncoder
 from longctx.training.data.lane import Lane
 from longctx.training.data.order import RowOrder
 from longctx.training.data.packing import PackedSequence
-from longctx.training.data.sources import open_source
+from longctx.training.data.sources import RowSource, open_source
 
 Batch = tuple[list[PackedSequence], dict[str, Any]]  # and the lanes' states after it
 # What has to be the same for a state to mean the same rows: key of the state, and the option it comes from.
 _IDENTITY = {
     "num_rows": "data.path",
+    "rows": "data.path",
     "num_lanes": "train.batch_size",
     "context_length": "train.context_length",
     "shuffle": "data.shuffle",
     "seed": "data.seed",
+    "long_rows": "data.long_rows",
 }
+_NUM_SAMPLED = 4  # rows that tell data from other data
 
 
 class SequenceStream:
@@ -72,7 +77,8 @@ class SequenceStream:
             )
             for lane_idx in lanes
         }
-        values = (len(source), num_lanes, context_length, config.shuffle, config.seed)
+        rows = fingerprint(source)
+        values = (len(source), rows, num_lanes, context_length, config.shuffle, config.seed, config.long_rows)
         self._identity = dict(zip(_IDENTITY, values, strict=True))
         if state is not None:
             self._restore(state)
@@ -130,9 +136,9 @@ class SequenceStream:
 
     def _restore(self, state: dict[str, Any]) -> None:
         for key, value in self._identity.items():
-            if state[key] != value:
+            if state.get(key) != value:
                 raise CheckpointError(
-                    f"the checkpoint's order of data is of {key}={state[key]}, now it is {value}: keep "
+                    f"the checkpoint's order of data is of {key}={state.get(key)}, now it is {value}: keep "
                     f"{_IDENTITY[key]}, or start anew with checkpoint.resume=never"
                 )
         for lane_idx, lane in self._lanes.items():
@@ -158,6 +164,19 @@ class SequenceStream:
                 self._ready.put((batch, self._lane_states()))
         except BaseException as error:  # noqa: BLE001 (next_batch raises it)
             self._ready.put(error)
+
+
+def fingerprint(source: RowSource) -> str:
+    """What tells these rows from others, wherever their files are: some of them, spread over all."""
+    digest = hashlib.blake2b(digest_size=8)
+    step = max(1, len(source) // _NUM_SAMPLED)
+    for row_idx in range(0, len(source), step):
+        try:
+            row = source.read(row_idx)
+        except DataError:
+            row = {}
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:

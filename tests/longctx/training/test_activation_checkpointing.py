@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import parallel.attention
-from longctx.errors import ConfigError
 from longctx.training.activation_checkpointing import checkpoint_layers
 from longctx.training.activation_store import FileStore
 from longctx.training.config import TrainLoopConfig
@@ -85,12 +84,6 @@ def test_generation_runs_as_before(tmp_path):
     expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
     save_memory(model, TrainLoopConfig(mlp_tile=4), device=CPU, scratch=tmp_path)
     assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
-
-
-def test_offload_without_checkpointing_is_refused(tmp_path):
-    config = TrainLoopConfig(activation_offload=True, activation_checkpointing=False)
-    with pytest.raises(ConfigError, match=r"train\.activation_offload=true with train\.activation_checkpointing=false"):
-        save_memory(load(make_checkpoint(tmp_path, "llama", tokenizer=False)), config, device=CPU, scratch=tmp_path)
 
 
 def count_exchanges(rank, world_size, scratch, folder, cases):
