@@ -1,6 +1,6 @@
 """Peak memory and time of what training saves memory by, each way in a process of its own, rounds interleaved.
 
-python -m benchmarks.training_saving [--tokens 16384] [--vocab 32000] [--rounds 5]
+python -m benchmarks.training_saving [--what loss model] [--dtypes float32 bfloat16] [--tokens 16384] [--rounds 5]
 
 The loss's ways: ``plain`` (logits of all tokens), ``tiled-N`` (ours, N tokens a tile), ``tiles-again`` (tiles that are
 checkpointed, so that logits are computed again in the backward) and DeepSpeed's. The model's ways: a step of a small
@@ -25,8 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import count_cores, describe_commit, describe_machine, describe_versions
 from longctx.training.config import TrainLoopConfig
-from longctx.training.loss_head import LossHead
-from longctx.training.memory_saving import save_memory
 from longctx.training.tiled_loss import tiled_cross_entropy
 
 HIDDEN_SIZE, NUM_LAYERS, MLP_SIZE = 256, 8, 1024
@@ -70,6 +68,10 @@ def make_model_step(way: str, num_tokens: int, vocab_size: int, dtype: torch.dty
     """Loss and gradients of a Llama with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from longctx.training.loss_head import LossHead
+    from longctx.training.memory_saving import save_memory
+    from longctx.training.sequence_parallel import SequenceParallel
+
     choices = MODEL_WAYS[way]
     config = AutoConfig.for_model(
         "llama",
@@ -85,8 +87,6 @@ def make_model_step(way: str, num_tokens: int, vocab_size: int, dtype: torch.dty
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     input_ids = torch.randint(0, vocab_size, (1, num_tokens))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    from longctx.training.sequence_parallel import SequenceParallel
-
     SequenceParallel(model, layout="contiguous")  # plugs in the attention that training has
     head = None
     if choices is not None:
@@ -156,19 +156,22 @@ def measure(
 def main() -> None:
     """Print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", default=["loss", "model"], choices=["loss", "model"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=16384, help="of the loss; the model has a quarter")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=5)
     settings = parser.parse_args()
     results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for make, ways, num_tokens in (
-            (make_loss_step, list(LOSS_WAYS), settings.tokens),
-            (make_model_step, list(MODEL_WAYS), settings.tokens // 4),
-        ):
-            cell = {"what": make.__name__[5:-5], "dtype": str(dtype)[6:], "num_tokens": num_tokens}
-            rows = measure(make, ways, (num_tokens, settings.vocab, dtype), settings.rounds)
-            results += [cell | row for row in rows]
+    parts = {
+        "loss": (make_loss_step, list(LOSS_WAYS), settings.tokens),
+        "model": (make_model_step, list(MODEL_WAYS), settings.tokens // 4),
+    }
+    for dtype in settings.dtypes:
+        for what in settings.what:
+            make, ways, num_tokens = parts[what]
+            rows = measure(make, ways, (num_tokens, settings.vocab, getattr(torch, dtype)), settings.rounds)
+            results += [{"what": what, "dtype": dtype, "num_tokens": num_tokens} | row for row in rows]
     described = {"machine": describe_machine(), "versions": describe_versions()} | describe_commit()
     print(
         json.dumps(described | {"settings": vars(settings), "hidden_size": HIDDEN_SIZE, "results": results}, indent=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from longctx.cli.commands import COMMANDS
+from longctx.cli.sweep import list_values
 from longctx.config import compose
 from parallel.registry import load
 from tests.cli_server import launch
@@ -100,18 +101,29 @@ def test_every_command_is_told(name):
     assert re.search(rf"^    longctx {name}\b", README, re.M)
 
 
+def name_command(words, override):
+    """Whose key ``override`` is: the line's command, that which it submits, or what README speaks of without saying."""
+    if words[0] == "submit" and not override.startswith("submit."):
+        words = words[1:]
+    for count in (2, 1):
+        if " ".join(words[:count]) in COMMANDS:
+            return COMMANDS[" ".join(words[:count])]
+    return COMMANDS["generate" if override.startswith("generate.") else "serve"]
+
+
 def test_every_override_that_is_told_exists():
     lines = re.findall(r"^    longctx (.+?)(?:  +#|$)", README, re.M) + re.findall(r"`([^`\n]+)`", README)
     told = [
-        (line.removeprefix("longctx ").split(" ")[0], word)
+        (shlex.split(line.removeprefix("longctx ")), word)
         for line in lines
         for word in shlex.split(line)
         if re.match(r"[a-z_.]+=", word) and word != "key=value"
     ]
     assert {"model.path=DIR", "transport=tcp", "generate.prompt_file=FILE"} <= {word for _, word in told}
-    for command, word in told:
-        name = command if command in COMMANDS else "generate" if word.startswith("generate.") else "serve"
-        compose(load(COMMANDS[name].root), name, [word])
+    for words, word in told:
+        command = name_command(words, word)
+        for override in [word] if "-m" not in words else list_values(word):
+            compose(load(command.root), command.config_name, [override])
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/life_of_a_request.md"])

@@ -19,7 +19,7 @@ def expand_sweep(overrides: list[str]) -> list[Run]:
 
     Raises ``ConfigError`` if no key has several values, or a sweep is none that can be listed.
     """
-    choices = [_list_values(text) for text in overrides]
+    choices = [list_values(text) for text in overrides]
     if all(len(values) == 1 for values in choices):
         raise ConfigError("-m is for a key with several values, as optimizer.lr=1e-4,2e-4; there is none")
     is_swept = [len(values) > 1 for values in choices]
@@ -29,7 +29,7 @@ def expand_sweep(overrides: list[str]) -> list[Run]:
     ]
 
 
-def _list_values(text: str) -> list[str]:
+def list_values(text: str) -> list[str]:
     """The overrides that one stands for; one that cannot be parsed is told later, by who composes."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException

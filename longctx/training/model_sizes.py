@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from longctx.adapters.config import PeftConfig
-from longctx.models.checkpoint import ModelSpec
+from longctx.models.checkpoint import ModelSpec, weight_shapes
 from longctx.models.families import FAMILIES
 
 
@@ -33,12 +33,13 @@ def count_sizes(spec: ModelSpec, peft: PeftConfig) -> ModelSizes:
     layer_weights = (spec.num_parameters - num_matrices * embedding - spec.hidden_size) // spec.num_layers
     adapters = [_adapter_weights(peft, *shape) for name, shape in linears.items() if _is_target(peft, name)]
     if peft.method in ("series", "parallel"):
-        adapters = [2 * spec.hidden_size * peft.bottleneck_size]
+        num_sublayers = 2 if peft.sublayers == "both" else 1
+        adapters = [2 * spec.hidden_size * peft.bottleneck_size] * num_sublayers
     num_adapter_weights = spec.num_layers * sum(adapters) if peft.method != "none" else 0
     if peft.method == "none":
         trained, largest = spec.num_parameters, max(embedding, *(rows * columns for rows, columns in linears.values()))
     else:
-        norms = spec.num_layers * 2 * spec.hidden_size + spec.hidden_size if peft.train_norms else 0
+        norms = _norm_weights(spec) if peft.train_norms else 0
         trained = num_adapter_weights + norms + (embedding if peft.train_embeddings else 0)
         largest = embedding if peft.train_embeddings else max(adapters, default=0)
     has_embedding = peft.method == "none" or peft.train_embeddings
@@ -66,6 +67,11 @@ def list_linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 
 def _is_target(peft: PeftConfig, name: str) -> bool:
     return name in peft.target_modules or "all-linear" in peft.target_modules
+
+
+def _norm_weights(spec: ModelSpec) -> int:
+    """Norms have one dimension, as nothing else has that ``weight_shapes`` lists."""
+    return sum(shape[0] for shape in weight_shapes(spec).values() if len(shape) == 1)
 
 
 def _adapter_weights(peft: PeftConfig, num_inputs: int, num_outputs: int) -> int:

@@ -119,7 +119,7 @@ class RunParts:
         model.config.use_cache = False
         self.has_adapter = config.peft.method != "none" or config.peft.path is not None
         if self.has_adapter:
-            add_adapter(model, config.peft)
+            add_adapter(model, config.peft, seed=config.train.seed)
         self.parallel = SequenceParallel(
             model,
             group=self.world.sp_group,

@@ -35,9 +35,7 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> None:
 def make_adapter(folder: Path, family: str, method: str, **options) -> tuple[Path, Path, PreTrainedModel]:
     """A base's folder, an adapter's folder, and the adapted model."""
     base = make_checkpoint(folder / "base", family)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = add_adapter(load_base(base), make_config(method, **options))
+    model = add_adapter(load_base(base), make_config(method, **options))
     randomise(model)
     save_adapter(adapter_state(model), model, folder / "adapter")
     return base, folder / "adapter", model

@@ -12,6 +12,8 @@ from longctx.adapters.adapter import adapter_state, add_adapter, load_adapter, s
 from longctx.adapters.config import METHODS as METHOD_NAMES
 from longctx.adapters.registry import ADAPTERS
 from longctx.errors import ConfigError
+from longctx.models.checkpoint import inspect_checkpoint
+from longctx.training.model_sizes import count_sizes
 from tests.longctx.adapters.adapted_models import (
     FAMILIES,
     INPUT_IDS,
@@ -153,3 +155,29 @@ def test_targets_that_match_nothing_are_named(tmp_path, family, targets, words):
         add_adapter(model, make_config("lora", target_modules=targets))
     for word in ["peft.target_modules", *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_gives_the_same_adapter_and_disturbs_no_other_numbers(tmp_path, method):
+    folder = make_checkpoint(tmp_path, "llama")
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first, again, other = (
+        adapter_state(add_adapter(load_base(folder), make_config(method), seed=seed)) for seed in (5, 5, 6)
+    )
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"train_norms": True}, {"train_embeddings": True}, {"sublayers": "mlp"}], ids=str
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_planner_counts_what_is_trained(tmp_path, family, method, options):
+    folder, config = make_checkpoint(tmp_path, family), make_config(method, **options)
+    model = add_adapter(load_base(folder), config)
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert count_sizes(inspect_checkpoint(folder), config).num_trained == num_trained
