@@ -28,8 +28,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
         "adapter": None if adapter is None else os.path.abspath(adapter),
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
-    spec = inspect_checkpoint(config.model.path)
-    choose_adapter(config.model.adapter, spec)
+    spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
     load_keys(config.server)
     config = _check_ranks(config)
     if config.ray.address is None:

@@ -6,6 +6,7 @@ are, not as copies. Names in states and folders are PEFT's; LoRA and DoRA folder
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,12 +18,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longctx.adapters.config import PeftConfig
-from longctx.adapters.folder import CONFIG_FILE, EMBEDDING, HEAD, PREFIX, TENSOR_FILE, AdapterFolder, inspect_adapter
+from longctx.adapters.folder import (
+    CONFIG_FILE,
+    EMBEDDING,
+    HEAD,
+    PREFIX,
+    ROPE_FIELDS,
+    ROPE_FILE,
+    TENSOR_FILE,
+    AdapterFolder,
+    inspect_adapter,
+)
 from longctx.adapters.merge import merge_adapter
 from longctx.adapters.method import AdapterMethod, Shapes, norm_layers
 from longctx.adapters.registry import ADAPTERS
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+
+logger = logging.getLogger(__name__)
 
 _SETTINGS = "longctx_adapter"  # attribute of an adapted model: its adapter_config.json, and the method's name
 
@@ -73,6 +86,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """
     base = f"{model.name_or_path or 'the model'} ({model.config.model_type})"
     adapter = inspect_adapter(folder, base_shapes(model), base=base, architecture=type(model).__name__)
+    rope = _read_rope(model)["rope_parameters"]
+    if adapter.rope and adapter.rope["rope_parameters"] != rope:
+        logger.warning("%s was trained with RoPE %s; here it is %s", folder, adapter.rope["rope_parameters"], rope)
     _attach(model, _make_method(adapter.method), adapter.settings)
     tensors = load_file(adapter.path / TENSOR_FILE)
     parameters = dict(model.named_parameters())
@@ -123,7 +139,8 @@ def save_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel, folder:
     if settings.get("ensure_weight_tying") and PREFIX + EMBEDDING in tensors:
         tensors[PREFIX + HEAD] = tensors[PREFIX + EMBEDDING].clone()  # peft wants the tied one, too
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, content in ((CONFIG_FILE, settings), (ROPE_FILE, _read_rope(model))):
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def file_names(model: PreTrainedModel) -> dict[str, str]:
@@ -135,6 +152,10 @@ def file_names(model: PreTrainedModel) -> dict[str, str]:
 def base_shapes(model: PreTrainedModel) -> Shapes:
     """Of a model without adapter, by name; also where ZeRO 3 has cut its parameters up."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def _read_rope(model: PreTrainedModel) -> dict[str, Any]:
+    return {name: getattr(model.config, name) for name in ROPE_FIELDS}
 
 
 def _make_method(name: str) -> AdapterMethod:

@@ -1,10 +1,11 @@
 """What an adapter folder holds, and whether it goes with a base model. No torch here.
 
 PEFT's format: adapter_config.json and adapter_model.safetensors, tensors named as in ``PeftModel``. Norms and
-embeddings that were trained with the adapter are whole tensors under the base's names. Only headers are read.
+embeddings that were trained with the adapter are whole tensors under the base's names. Only headers are read. One file
+is ours: rope.json, the RoPE it was trained with, which context extension changes and PEFT has no place for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from longctx.adapters.registry import ADAPTERS
 from longctx.errors import CheckpointError
 from longctx.models.checkpoint import ModelSpec, weight_shapes
 from longctx.models.families import FAMILIES
+from longctx.models.rope_config import count_context, read_rope
 from longctx.models.tensor_files import TensorEntry, read_header, read_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+ROPE_FILE = "rope.json"
+ROPE_FIELDS = ("rope_parameters", "max_position_embeddings")  # of the base's config.json
 PREFIX = "base_model.model."
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -32,6 +36,7 @@ class AdapterFolder:
     settings: Settings
     tensors: tuple[str, ...]  # the adapter's own, as in the file
     whole_tensors: tuple[str, ...]  # names of the base's tensors that it replaces
+    rope: dict[str, Any]  # ROPE_FIELDS as it was trained; empty: the base's own
 
 
 def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str, architecture: str) -> AdapterFolder:
@@ -68,15 +73,26 @@ def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str, architecture
     _check_partners(folder, own, method)
     _check_layers(folder, own, settings, shapes, base)
     _check_tied(folder, settings, whole, shapes)
-    return AdapterFolder(folder.resolve(), method.name, settings, own, tuple(n for n in whole if n in shapes))
+    rope = read_json(folder / ROPE_FILE) if (folder / ROPE_FILE).is_file() else {}
+    return AdapterFolder(folder.resolve(), method.name, settings, own, tuple(n for n in whole if n in shapes), rope)
 
 
-def choose_adapter(path: str | None, spec: ModelSpec) -> AdapterFolder | None:
-    """``model.adapter`` beside its checkpoint; None if there is none. Raises as ``inspect_adapter``."""
+def choose_adapter(path: str | None, spec: ModelSpec) -> tuple[ModelSpec, AdapterFolder | None]:
+    """``model.adapter``, and its checkpoint with the RoPE that the adapter was trained with. Raises as
+    ``inspect_adapter``; without a path nothing changes."""
     if path is None:
-        return None
+        return spec, None
     architecture = FAMILIES[spec.family].architecture
-    return inspect_adapter(path, weight_shapes(spec), base=f"{spec.name} ({spec.family})", architecture=architecture)
+    base = f"{spec.name} ({spec.family})"
+    adapter = inspect_adapter(path, weight_shapes(spec), base=base, architecture=architecture)
+    if not adapter.rope:
+        return spec, adapter
+    num_positions = adapter.rope.get("max_position_embeddings")
+    if not isinstance(num_positions, int) or num_positions < 1:
+        raise CheckpointError(f"{path}: {ROPE_FILE}: max_position_embeddings={num_positions!r} is not allowed")
+    rope = read_rope(adapter.path, {"model_type": spec.family, "head_dim": spec.head_dim} | adapter.rope)
+    max_context = count_context(rope, num_positions)
+    return replace(spec, rope_type=rope["rope_type"], rope_parameters=rope, max_context=max_context), adapter
 
 
 def find_method(folder: Path, settings: Settings) -> AdapterMethod:

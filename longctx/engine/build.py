@@ -142,7 +142,7 @@ def _load(
     shards: ShardGroup | None,
 ) -> _Parts:
     spec = inspect_checkpoint(model_config.path, require_weights=random_weights_seed is None)
-    adapter = choose_adapter(model_config.adapter, spec)
+    spec, adapter = choose_adapter(model_config.adapter, spec)
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)

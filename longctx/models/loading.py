@@ -59,12 +59,14 @@ def load_model(
         dtype: float32, bfloat16 or float16.
         device: where the model will run. Stored weights stay on the CPU until ``PackedDecoder`` moves them one by one.
         random_weights_seed: make weights up instead of reading them, reproducibly (benchmarks).
-        adapter: merged into the weights, or attached to the model where it cannot be.
+        adapter: merged into the weights, or attached to the model where it cannot be; it brings its RoPE.
 
     Raises:
         CheckpointError: if weights are missing, left over or of the wrong shape.
     """
     config = read_transformers_config(spec)
+    for name, value in adapter.rope.items() if adapter is not None else ():
+        setattr(config, name, value)
     model = build_model(spec, config, dtype=dtype, device=device, random_weights_seed=random_weights_seed)
     if adapter is not None:
         apply_adapter(model, adapter)

@@ -110,7 +110,7 @@ class CheckpointConfig:
     keep_best: int = option(0, "best ones by evaluation loss (else training loss) kept besides", minimum=0)
     resume: str = option(
         "auto",
-        "go on from output's last checkpoint: auto, if there is one; must; never",
+        "go on from output's last checkpoint: auto, if there is one; must; never, which sets them aside",
         choices=("auto", "must", "never"),
     )
     asynchronous: bool = option(True, "written in the background while training goes on")

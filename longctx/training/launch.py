@@ -16,8 +16,10 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
+from longctx.errors import ConfigError
 from longctx.heap import heap_env
 from longctx.terminal_log import MARK
 from longctx.training.config import TrainConfig
@@ -45,6 +47,7 @@ def launch_locally(config: TrainConfig, *, stop: threading.Event, body: str = BO
         LongctxError: what a rank raised of the project's own, or that ranks were lost too often.
     """
     world_size = config.parallel.dp_degree * config.parallel.sp_degree
+    _check_gpus(config.model.device, world_size)
 
     def attempt(restart: int) -> dict[str, Any]:
         places = make_places(["localhost"] * world_size, address=ADDRESS, port=find_port(ADDRESS), restart=restart)
@@ -178,5 +181,22 @@ def _pick_gpu(local_rank: int) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return str(local_rank)
-    names = [name for name in visible.split(",") if name]
+    names = _split(visible)
     return names[local_rank] if local_rank < len(names) else ""
+
+
+def _check_gpus(device: str, num_ranks: int) -> None:
+    """Raise ``ConfigError`` if some ranks would have a GPU and others none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is not None:
+        num_gpus = min(num_gpus, len(_split(visible)))
+    if device != "cpu" and 0 < num_gpus < num_ranks:
+        raise ConfigError(
+            f"model.device={device} is not allowed: {num_ranks} ranks (parallel.dp_degree x parallel.sp_degree) have "
+            f"{num_gpus} GPUs, and each takes one; model.device=cpu, or {num_gpus} ranks"
+        )
+
+
+def _split(visible: str) -> list[str]:
+    return [name for name in visible.split(",") if name]

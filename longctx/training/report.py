@@ -8,7 +8,6 @@ from typing import Any
 
 from longctx.errors import LongctxError
 from longctx.training.config import TrainConfig
-from longctx.training.loss_curve import draw_losses
 from longctx.training.record import StepRecord
 from longctx.training.sinks.lines import describe_duration
 from longctx.training.sinks.metrics_file import read_metrics
@@ -36,6 +35,8 @@ def write_report(
     Raises:
         LongctxError: if there are no metrics.
     """
+    from longctx.training.loss_curve import draw_losses  # half a second that no first step should wait for
+
     records = read_metrics(output)
     if not records:
         raise LongctxError(f"{output}: no step was recorded, so there is nothing to report")

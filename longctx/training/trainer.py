@@ -98,6 +98,8 @@ class TrainingRun:
             is_first=self._world.rank == 0,
             start_step=self._step,
         )
+        if self._world.rank == 0 and self._step >= config.train.num_steps:
+            logger.info("all %d steps (train.num_steps) are done", config.train.num_steps)
         try:
             while self._step < config.train.num_steps and not self._is_stopped:
                 with trace_step(

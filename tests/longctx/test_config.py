@@ -225,7 +225,8 @@ def test_what_is_printed_composes_to_itself(tmp_path, name):
     if takes_experiments(COMMANDS[name].config_name):
         (tmp_path / "experiment").mkdir()
         (tmp_path / "experiment" / "again.yaml").write_text(f"# @package _global_\n{text}")
-        assert compose_train("experiment=again", "train.seed=0", config_dir=tmp_path) == config
+        words = ["experiment=again", "train.seed=0"]
+        assert compose(ROOTS[name], COMMANDS[name].config_name, words, config_dir=tmp_path) == config
     else:
         from omegaconf import OmegaConf
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from longctx.adapters.adapter import load_adapter
+from longctx.adapters.adapter import adapter_state, add_adapter, load_adapter, save_adapter
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig
@@ -19,7 +20,16 @@ from longctx.models.config import ModelConfig
 from longctx.models.loading import load_model
 from longctx.models.packed import PackedDecoder
 from memory.pages import PagePool
-from tests.longctx.adapters.adapted_models import FAMILIES, INPUT_IDS, METHODS, load_base, logits_of, make_adapter
+from tests.longctx.adapters.adapted_models import (
+    FAMILIES,
+    INPUT_IDS,
+    METHODS,
+    load_base,
+    logits_of,
+    make_adapter,
+    make_config,
+    randomise,
+)
 from tests.longctx.engines import collect, make_request
 from tests.longctx.greedy import Sequence, make_batch
 from tests.longctx.sharded_engine import sharded_engine
@@ -30,8 +40,7 @@ MORE = {"train_norms": True, "train_embeddings": True}
 
 
 def load_decoder(base, adapter, attention="torch") -> PackedDecoder:
-    spec = inspect_checkpoint(base)
-    chosen = choose_adapter(str(adapter), spec)
+    spec, chosen = choose_adapter(str(adapter), inspect_checkpoint(base))
     loaded = load_model(spec, dtype=torch.float32, device=CPU, adapter=chosen)
     return PackedDecoder(loaded, choose_attention(attention, CPU, torch.float32, spec.head_dim))
 
@@ -65,6 +74,27 @@ def test_one_sublayer_has_an_adapter(tmp_path, method, options):
     base, adapter, model = make_adapter(tmp_path, "llama", method, **options)
     found, wanted = packed_logits(load_decoder(base, adapter)), logits_of(model)[20:]
     assert (found - wanted).norm() / wanted.norm() < 4e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}])
+def test_the_rope_it_was_trained_with_is_served(tmp_path, method, rope):
+    base = make_checkpoint(tmp_path / "base", "llama")
+    config = AutoConfig.from_pretrained(base)
+    config.rope_parameters = {"rope_theta": 10000.0, "original_max_position_embeddings": 1024} | rope
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32).eval()
+    add_adapter(model, make_config(method))
+    randomise(model)
+    save_adapter(adapter_state(model), model, tmp_path / "adapter")
+    found, wanted = packed_logits(load_decoder(base, tmp_path / "adapter")), logits_of(model)[20:]
+    assert (found - wanted).norm() / wanted.norm() < 4e-5
+    unstretched = logits_of(load_adapter(load_base(base), tmp_path / "adapter"))[20:]
+    assert (unstretched - wanted).norm() / wanted.norm() > 0.01
+    spec, _ = choose_adapter(str(tmp_path / "adapter"), inspect_checkpoint(base))
+    assert (spec.max_context, spec.rope_type) == (4096, rope["rope_type"])
+    (tmp_path / "adapter" / "rope.json").write_text('{"rope_parameters": {"rope_type": "odd"}}')
+    with pytest.raises(CheckpointError, match=r"rope\.json: max_position_embeddings=None"):
+        choose_adapter(str(tmp_path / "adapter"), inspect_checkpoint(base))
 
 
 def test_foreign_scales_are_as_peft_has_them(tmp_path):

@@ -14,6 +14,7 @@ from longctx.training import export
 from longctx.training.checkpoints import CheckpointReader, list_checkpoints
 from longctx.training.data.documents import IGNORED
 from longctx.training.data.stream import read_eval_sequences
+from tests.longctx.greedy import generate_packed, generate_reference, load_decoder
 from tests.longctx.training.worlds import make_config, run_world, write_rows
 from tests.tiny_checkpoints import FAMILIES, make_checkpoint
 
@@ -52,6 +53,13 @@ def train(folder: Path, model: Path, *overrides: str):
     return config, report["eval_loss"]
 
 
+def check_served(folder: Path, num_tokens: int) -> None:
+    """longctx continues a prompt as transformers does."""
+    prompt = list(b"alpha beta and the stone " * 10)[:num_tokens]
+    served = generate_packed(load_decoder(folder), [prompt], num_new=6)
+    assert served == generate_reference(folder, [prompt], num_new=6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_loss_it_was_trained_to(tmp_path, family):
     model = make_checkpoint(tmp_path / family, family)
@@ -62,6 +70,7 @@ def test_every_family_has_the_loss_it_was_trained_to(tmp_path, family):
     before, after = inspect_checkpoint(model), inspect_checkpoint(final)
     for name in ("family", "max_context", "sliding_windows", "tie_word_embeddings", "eos_token_ids", "num_parameters"):
         assert getattr(after, name) == getattr(before, name)
+    check_served(final, 60)
 
 
 @pytest.mark.parametrize(("scaling", "length"), [("yarn", 192), ("linear", 100), ("dynamic", 97)])
@@ -71,6 +80,7 @@ def test_a_longer_context_is_in_the_configuration(tmp_path, scaling, length):
     config, loss = train(tmp_path, model, *changes)
     spec = inspect_checkpoint(tmp_path / "run" / "final")
     assert (spec.rope_type, spec.max_context) == (scaling, length)
+    check_served(spec.path, 80)
     assert measure_loss(spec.path, config) == pytest.approx(loss, rel=1e-5)
 
 

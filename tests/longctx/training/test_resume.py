@@ -11,6 +11,7 @@ from longctx.training.checkpoints import list_checkpoints
 from longctx.training.gang import supervise
 from tests.longctx.training.faults import BODY, set_faults
 from tests.longctx.training.worlds import make_config, read_losses, run_world
+from tests.tiny_checkpoints import make_checkpoint
 
 STEPS = ("train.num_steps=8", "train.batch_size=2", "checkpoint.every=2")
 NO_EXPORT = "checkpoint.export=false"
@@ -208,6 +209,13 @@ def test_numbers_that_are_none_end_the_run(tmp_path):
     assert told.startswith("step 2: ")
     assert f"rows of its sequences: {tmp_path}/rows.jsonl:" in told
     assert "there is no good checkpoint before; step-00000001 has the weights that it happened with" in told
+
+
+def test_a_tokenizer_must_fit_the_model(tmp_path):
+    """Its highest tokens would be rows that the embedding does not have."""
+    model = make_checkpoint(tmp_path / "small", "llama", vocab_size=258, pad_token_id=None)
+    with pytest.raises(CheckpointError, match="the tokenizer has 260 tokens, the model 258"):
+        run_supervised_once(make_config(tmp_path / "run", model=model))
 
 
 def run_supervised_once(config):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -38,11 +39,12 @@ def start(output: Path, *overrides: str, env: dict[str, str] | None = None) -> s
 
 def find_ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """In the order of their starts."""
-    return [
-        child
-        for child in psutil.Process(process.pid).children()
-        if "longctx.training.rank_process" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # a zombie, too
+            if "longctx.training.rank_process" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
