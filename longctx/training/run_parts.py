@@ -93,6 +93,7 @@ class RunParts:
         return count_training_flops(
             self.spec,
             sequence.cu_seqlens,
+            attention=self._config.attention,
             trains_base=not self.has_adapter,
             num_adapter_weights=self._num_adapter_weights,
         )

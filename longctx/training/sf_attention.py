@@ -22,7 +22,6 @@ Legend: S this rank's tokens, N sinks, H query heads, K KV heads, G query heads 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -32,6 +31,7 @@ import torch.distributed as dist
 
 from longctx.training.config import TrainAttentionConfig
 from longctx.training.preflight import check_sf
+from longctx.training.shifted_groups import cut_groups, split_heads
 from parallel.attention import sequence_parallel_attention
 from parallel.layout import Layout, make_layout
 from parallel.tile_attention import accumulator_dtype
@@ -80,7 +80,7 @@ class SFAttention:
         if cu_seqlens is None or q.shape[0] != 1:
             raise ValueError("attention sf takes one sequence, with the cu_seqlens of its documents")
         documents, scale = tuple(map(int, cu_seqlens)), scale or q.shape[-1] ** -0.5
-        sets = self._split_heads(q.shape[2], k.shape[2])
+        sets = split_heads(self.group_size, self.returned_heads, q.shape[2], k.shape[2])
         first_size = min(each.first_size for each in sets)
         long = [(start, stop) for start, stop in pairwise(documents) if self.num_sinks and stop - start > first_size]
         own = _Rows(group, layout, documents)
@@ -104,37 +104,6 @@ class SFAttention:
                 out = _MergeSinks.apply(parts[0][0], *seen, out[0], lse[0].transpose(0, 1), rows, scale)[None]
             outputs.append(out)
         return torch.cat(outputs, 2)
-
-    def _split_heads(self, num_heads: int, num_kv_heads: int) -> list["_HeadSet"]:
-        """The heads in plain groups, and the last ones, which are shifted: KV heads with all of their query heads,
-        unless there is but one."""
-        num_units = num_kv_heads if num_kv_heads > 1 else num_heads
-        half = num_units // 2
-        cut = num_units - half + round(half * self.returned_heads)
-        per_unit, size = num_heads // num_units, self.group_size
-        sets = []
-        for start, stop, first_size in ((0, cut, size), (cut, num_units, size // 2)):
-            keys = slice(start, stop) if num_kv_heads > 1 else slice(0, 1)
-            if start < stop:
-                sets.append(_HeadSet(slice(start * per_unit, stop * per_unit), keys, first_size))
-        return sets
-
-
-@dataclass(frozen=True, slots=True)
-class _HeadSet:
-    """Heads whose groups begin alike."""
-
-    queries: slice
-    keys: slice
-    first_size: int  # tokens of a document's first group
-
-
-def cut_groups(documents: Sequence[int], first_size: int, group_size: int) -> tuple[int, ...]:
-    """Boundaries of groups: in each document one of ``first_size`` tokens, then of ``group_size``, the rest."""
-    bounds = [0]
-    for start, stop in pairwise(documents):
-        bounds += [*range(start + first_size, stop, group_size), stop]
-    return tuple(bounds)
 
 
 class _Rows:

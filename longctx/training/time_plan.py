@@ -142,7 +142,11 @@ def plan_time(
         num_tokens=train.batch_size * length,
         flops=train.batch_size
         * count_training_flops(
-            spec, (0, length), trains_base=trains_base, num_adapter_weights=sizes.num_adapter_weights
+            spec,
+            (0, length),
+            attention=config.attention,
+            trains_base=trains_base,
+            num_adapter_weights=sizes.num_adapter_weights,
         ),
     )
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longctx.models.checkpoint import inspect_checkpoint
+from longctx.training.config import TrainAttentionConfig
 from longctx.training.flops import count_area, count_linear_weights, count_training_flops
 
 DEMO = inspect_checkpoint("demo")
@@ -40,6 +41,14 @@ def test_windows_of_layers_count():
     narrow = dataclasses.replace(DEMO, sliding_windows=(None, 2, 2, 2))
     fewer = 3 * (count_area((0, 8)) - count_area((0, 8), 2)) * 4 * 64 * 2 * 6
     assert count_training_flops(DEMO, (0, 8)) - count_training_flops(narrow, (0, 8)) == fewer
+
+
+def test_shifted_groups_and_sinks_by_hand():
+    attention = TrainAttentionConfig(name="sf", group_size=4, sink_tokens=1, returned_heads=0.0)
+    plain = 3 * (4 * 5 // 2) + 8  # of 12 tokens, three groups; 8 queries are behind the first and see a sink
+    shifted = 2 * (2 * 3 // 2) + 2 * (4 * 5 // 2) + 10  # groups of 2, 4, 4 and 2
+    dense = count_training_flops(DEMO, (0, 12)) - 4 * 4 * count_area((0, 12)) * 64 * 2 * 6
+    assert count_training_flops(DEMO, (0, 12), attention=attention) == dense + 4 * 2 * (plain + shifted) * 64 * 2 * 6
 
 
 @pytest.mark.parametrize("trains_base", [True, False])
