@@ -29,6 +29,7 @@ COMMAND = (sys.executable, "-m", "tests.longctx.train_command", "train", "cluste
 NUM_RANKS = 4
 
 
+@pytest.mark.multihost  # minutes; the trainer's own below runs with the slow ones
 @pytest.mark.parametrize("victim", [1, 2])
 def test_a_host_is_lost(tmp_path, victim):
     """Four ranks on three hosts of two CPUs; without one of them they have room on the others."""
