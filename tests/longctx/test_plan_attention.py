@@ -38,7 +38,7 @@ def test_a_plan_step_by_step(capsys):
     assert code == 0
     table = output.partition("token_ring, step by step:\n\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split(maxsplit=2)[:2] for line in table[1:]] == [
-        ["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"], ["2", "0"], ["2", "1"],
+        ["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"], ["2", "0"], ["2", "1"], ["3", "0"], ["3", "1"],
     ]  # fmt: skip
     # 256 queries of 8 heads x 64 floats; the output comes back with one log-sum-exp a row and head
     assert re.fullmatch(r"0\s+0\s+q0 x kv0\[heads 0:4\]\s+q0 -> 1 \(0\.524 MB\)", table[1])
