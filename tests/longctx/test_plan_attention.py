@@ -43,8 +43,8 @@ def test_a_plan_step_by_step(capsys):
     # 256 queries of 8 heads x 64 floats; the output comes back with one log-sum-exp a row and head
     halves = r"q0\[heads 0:4\] -> 1 \(0\.262 MB\), q0\[heads 4:8\] -> 1 \(0\.262 MB\)"
     assert re.fullmatch(rf"0\s+0\s+q0 x kv0\[heads 0:4\]\s+{halves}", table[1])
-    assert re.fullmatch(r"1\s+0\s+q1\[heads 0:4\] x kv0\s+-", table[3])
-    assert re.fullmatch(r"2\s+0\s+q1\[heads 4:8\] x kv0\s+out1\[heads 0:4\] -> 1 \(0\.266 MB\)", table[5])
+    assert re.fullmatch(r"1\s+0\s+q1 x kv0\[heads 0:4\]\s+-", table[3])
+    assert re.fullmatch(r"2\s+0\s+q1 x kv0\[heads 4:8\]\s+out1\[heads 0:4\] -> 1 \(0\.266 MB\)", table[5])
     assert re.fullmatch(r"3\s+0\s+q0 x kv0\[heads 4:8\]\s+out1\[heads 4:8\] -> 1 \(0\.266 MB\)", table[7])
 
 
