@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 from longctx.adapters.adapter import adapter_state, add_adapter, load_adapter, save_adapter
@@ -45,6 +46,7 @@ def train(rank, world_size, folder, base):
     return results
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_what_was_trained(tmp_path):
     results, _ = run_ranks(train, 2, make_checkpoint(tmp_path, "qwen3"))
     assert sorted(results) == sorted(METHODS)
