@@ -3,7 +3,7 @@
     python -m benchmarks.training_memory --save training-memory
 
 Every configuration is a run of its own of two steps, on the CPU, one thread a rank, random weights. Measured is the
-most that a rank's process had in memory (VmHWM) up to the end of its second step; the fullest rank counts, as in the
+most that a rank's process had in memory, pages of files apart, up to the end of its second step; the fullest rank counts, as in the
 plan.
 """
 

@@ -18,7 +18,7 @@ from parallel.plan import Plan
 
 PARTS = ("runtime", "weights", "gradients", "optimizer", "activations", "attention", "loss", "buffers")
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2}
-RUNTIME_BYTES = {"cpu": 425 * 2**20, "cuda": 1100 * 2**20}  # of a rank that has imported everything and trains nothing
+RUNTIME_BYTES = {"cpu": 310 * 2**20, "cuda": 1100 * 2**20}  # of a rank that has imported everything and trains nothing
 LIVE_ELEMENTS = 10**9  # of weights that ZeRO 3 keeps gathered
 _FLOAT = 4
 

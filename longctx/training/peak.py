@@ -39,14 +39,19 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, group: dist.
 
 
 def read_peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that was allocated on it, else the most of this process that was in memory."""
+    """Bytes: on a GPU the most that was allocated on it, else the most of this process's own that was in memory.
+
+    Pages of files, libraries among them, do not count: processes share them, the system takes them back when it needs
+    room, and how many there are depends on how the files came into its cache (a library just installed has 60 MiB more).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
         # Not getrusage: there a process begins with what the one that started it had held.
         lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
         if "VmHWM" in lines:
-            return int(lines["VmHWM"].split()[0]) * 1024
+            files = lines.get("RssFile", "0 kB")  # now, which for libraries is what it was at the peak
+            return (int(lines["VmHWM"].split()[0]) - int(files.split()[0])) * 1024
     import resource  # not there on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
