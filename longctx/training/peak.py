@@ -42,7 +42,7 @@ def read_peak_memory(device: torch.device) -> int:
     """Bytes: on a GPU the most that was allocated on it, else the most of this process's own that was in memory.
 
     Pages of files, libraries among them, do not count: processes share them, the system takes them back when it needs
-    room, and how many there are depends on how the files came into its cache (a library just installed has 60 MiB more).
+    room, and their number depends on how the files came into its cache (libraries just installed have 60 MiB more).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
