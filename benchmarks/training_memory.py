@@ -3,8 +3,8 @@
     python -m benchmarks.training_memory --save training-memory
 
 Every configuration is a run of its own of two steps, on the CPU, one thread a rank, random weights. Measured is the
-most that a rank's process had in memory, pages of files apart, up to the end of its second step; the fullest rank
-counts, as in the plan.
+most that a rank's process had in memory, libraries apart, up to the end of its second step; the fullest rank counts,
+as in the plan.
 """
 
 import argparse

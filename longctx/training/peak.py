@@ -1,6 +1,7 @@
 """What a rank can do in a second at most, and what memory it has and has held."""
 
 import contextlib
+import functools
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 _SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices: large enough that more would be no faster
 _MIN_SECONDS = 0.3  # of repeating: what another program takes is to miss some of the repeats
 _STATUS = Path("/proc/self/status")
+_MAPPINGS = Path("/proc/self/smaps")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _COPIED_BYTES, _COPIES = 2**28, 5
 
@@ -39,10 +41,10 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, group: dist.
 
 
 def read_peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that was allocated on it, else the most of this process's own that was in memory.
+    """Bytes: on a GPU the most that was allocated on it, else the most of this process that was in memory.
 
-    Pages of files, libraries among them, do not count: processes share them, the system takes them back when it needs
-    room, and their number depends on how the files came into its cache (libraries just installed have 60 MiB more).
+    Libraries do not count: processes share their pages, and how many are in memory depends on how the files came into
+    the system's cache (60 MiB more when they were just installed). Other files do: a model's weights may be one.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -50,8 +52,7 @@ def read_peak_memory(device: torch.device) -> int:
         # Not getrusage: there a process begins with what the one that started it had held.
         lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
         if "VmHWM" in lines:
-            files = lines.get("RssFile", "0 kB")  # now, which for libraries is what it was at the peak
-            return (int(lines["VmHWM"].split()[0]) - int(files.split()[0])) * 1024
+            return int(lines["VmHWM"].split()[0]) * 1024 - _count_library_bytes()
     import resource  # not there on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -79,6 +80,21 @@ def measure_read_speed(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begun)
     return 2 * source.nbytes / best
+
+
+@functools.cache  # the kernel walks all of a process's pages for it: at the first reading all libraries are there
+def _count_library_bytes() -> int:
+    """Of shared libraries' files in memory, pages apart that this process has written to."""
+    num_kib, is_library = 0, False
+    for line in _MAPPINGS.read_text(encoding="utf-8").splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):  # a mapping's first line: addresses, rights, offset, device, inode, path
+            is_library = len(values) > 4 and ".so" in Path(values[4]).name
+        elif is_library and name == "Rss:":
+            num_kib += int(values[0])
+        elif is_library and name == "Anonymous:":
+            num_kib -= int(values[0])
+    return num_kib * 1024
 
 
 def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:

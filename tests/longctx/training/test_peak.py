@@ -1,5 +1,9 @@
 """What a rank can do and has held, measured."""
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from longctx.training.peak import measure_peak_flops, read_peak_memory
@@ -17,3 +21,15 @@ def test_memory_that_was_held_counts():
     assert read_peak_memory(CPU) >= held.nbytes
     del held
     assert read_peak_memory(CPU) >= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux counts")
+def test_libraries_do_not_count_and_mapped_weights_do(tmp_path):
+    status = Path("/proc/self/status").read_text()
+    resident = 1024 * int(status.split("VmHWM:")[1].split()[0])
+    before = read_peak_memory(CPU)
+    assert before < resident - 2**24  # torch's alone are more
+    (tmp_path / "weights").write_bytes(bytes(before + 2**26))
+    mapped = torch.from_file(str(tmp_path / "weights"), shared=False, size=before + 2**26, dtype=torch.uint8)
+    assert mapped[::4096].sum() == 0  # every page is read
+    assert read_peak_memory(CPU) >= mapped.nbytes
