@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from longctx.models.checkpoint import ModelSpec
 from longctx.training.config import TrainConfig
+from longctx.training.model_sizes import is_target
 from parallel.footprint import count_buffers
 from parallel.plan import Plan
 
@@ -86,19 +87,19 @@ class Tokens:
     def attention_saved(self) -> int:
         """The layer's input, its norm, q, k, v and attention's output."""
         unrounded = 0 if self.config.train.activation_checkpointing else self._wide(self.q)
-        return self.hidden + self._norm + self.q + self.kv + self.q + self.lse + unrounded
+        return self.hidden + self._attention_norm + self.q + self.kv + self.q + self.lse + unrounded
 
     @property
     def mlp_saved(self) -> int:
-        """The norm with its input, and four inner tensors: gate, its activation, up, and their product."""
+        """The norm with its input, and inner tensors: gate, its activation, up, and their product if that is read."""
         if self.config.train.mlp_tile:
-            return self.hidden + self._norm
-        return self.hidden + self._norm + 4 * self._inner
+            return self.hidden + self._mlp_norm
+        return self.hidden + self._mlp_norm + (4 if self._saves_input("down_proj") else 3) * self._inner
 
     @property
     def mlp_backward(self) -> int:
         """What is there when the product's gradient has become those of its factors: six inner tensors."""
-        around = 2 * self.hidden + self._norm  # the output's gradient, the norm with its input
+        around = 2 * self.hidden + self._mlp_norm  # the output's gradient, the norm with its input
         if not self.config.train.mlp_tile:
             return around + 6 * self._inner
         return around + self.hidden + 7 * self._inner_tile
@@ -110,7 +111,7 @@ class Tokens:
 
     def attention_forward(self, device_type: str) -> int:
         """q, k, v before and after RoPE, the sums, a tile's output and what the kernel makes of its inputs."""
-        given = self.hidden + self._norm + self.q + self.kv
+        given = self.hidden + self._attention_norm + self.q + self.kv
         sums = self._wide(self.q) + self.lse
         if device_type == "cuda":
             return given + sums + self.q
@@ -126,9 +127,32 @@ class Tokens:
         return gradients + 2 * sums + 3 * self._wide(self.q) + 2 * self._wide(self.q) + self._converted
 
     @property
-    def _norm(self) -> int:
-        """What a norm saves beside its input: in half precision also that in float32, which takes its place."""
-        return 2 * self.hidden if self.element == _FLOAT else self._wide(self.hidden) + 2 * self.hidden
+    def _attention_norm(self) -> int:
+        is_read = self._saves_input("q_proj", "k_proj", "v_proj", "qkv_proj") or self._has_parallel("attention")
+        return self._norm(is_read=is_read)
+
+    @property
+    def _mlp_norm(self) -> int:
+        is_read = self._saves_input("gate_proj", "up_proj", "gate_up_proj") or self._has_parallel("mlp")
+        return self._norm(is_read=is_read)
+
+    def _norm(self, *, is_read: bool) -> int:
+        """What a norm saves beside its input, and its output if that ``is_read`` in the backward too."""
+        peft = self.config.peft
+        multiplied = self.hidden if peft.method == "none" or peft.train_norms else 0
+        unrounded = 0 if self.element == _FLOAT else self._wide(self.hidden)
+        return unrounded + multiplied + (self.hidden if is_read else 0)
+
+    def _saves_input(self, *linears: str) -> bool:
+        """Whether one of these trains weights, its own or an adapter's."""
+        peft = self.config.peft
+        return peft.method == "none" or (
+            peft.method in ("lora", "dora") and any(is_target(peft, linear) for linear in linears)
+        )
+
+    def _has_parallel(self, sublayer: str) -> bool:
+        peft = self.config.peft
+        return peft.method == "parallel" and peft.sublayers in ("both", sublayer)
 
     @property
     def _inner(self) -> int:

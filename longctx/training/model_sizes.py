@@ -31,7 +31,7 @@ def count_sizes(spec: ModelSpec, peft: PeftConfig) -> ModelSizes:
     embedding = spec.vocab_size * spec.hidden_size
     num_matrices = 1 if spec.tie_word_embeddings else 2
     layer_weights = (spec.num_parameters - num_matrices * embedding - spec.hidden_size) // spec.num_layers
-    adapters = [_adapter_weights(peft, *shape) for name, shape in linears.items() if _is_target(peft, name)]
+    adapters = [_adapter_weights(peft, *shape) for name, shape in linears.items() if is_target(peft, name)]
     if peft.method in ("series", "parallel"):
         num_sublayers = 2 if peft.sublayers == "both" else 1
         adapters = [2 * spec.hidden_size * peft.bottleneck_size] * num_sublayers
@@ -65,7 +65,8 @@ def list_linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     return first | {"o_proj": (q_size, hidden), "down_proj": (inner, hidden)}
 
 
-def _is_target(peft: PeftConfig, name: str) -> bool:
+def is_target(peft: PeftConfig, name: str) -> bool:
+    """Whether the linear layer ``name`` gets LoRA or DoRA."""
     return name in peft.target_modules or "all-linear" in peft.target_modules
 
 

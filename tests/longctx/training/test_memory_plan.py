@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from longctx.models.checkpoint import inspect_checkpoint
+from longctx.training.activation_memory import count_layer
 from longctx.training.config import TrainConfig
 from longctx.training.launch import launch_locally
 from longctx.training.memory_plan import PARTS, plan_memory
@@ -66,6 +67,27 @@ def test_weights_and_optimizer_by_stage():
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_what_saves_memory(before, after, device_type):
     assert plan(change(LONG, after), device_type).total < plan(change(LONG, before), device_type).total
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_hidden", "num_inner"),
+    [
+        (("peft.method=lora",), 3, 1),  # the MLP's linear layers save nothing, nor do norms what their weights multiply
+        (("peft.method=lora", "peft.train_norms=true"), 1, 1),
+        (("peft.method=lora", "peft.target_modules=[all-linear]"), 2, 0),
+        (("peft.method=lora", "peft.target_modules=[down_proj]"), 4, 0),
+        (("peft.method=parallel",), 2, 1),
+        (("peft.method=parallel", "peft.sublayers=mlp"), 3, 1),
+        (("peft.method=series",), 4, 1),
+    ],
+)
+def test_frozen_layers_save_less(overrides, num_hidden, num_inner):
+    def count_kept(*changes):
+        config = change(LONG, "train.activation_checkpointing=false", "train.mlp_tile=0", *changes)
+        return count_layer(DEMO, config, plan_attention(DEMO, config, LinkModel()), rank=0, device_type="cpu").kept
+
+    hidden, inner = (16384 * size * 4 for size in (DEMO.hidden_size, DEMO.intermediate_size))
+    assert count_kept() - count_kept(*overrides) == num_hidden * hidden + num_inner * inner
 
 
 def test_a_tiled_loss_has_less_than_all_logits():
