@@ -128,12 +128,12 @@ class Tokens:
 
     @property
     def _attention_norm(self) -> int:
-        is_read = self._saves_input("q_proj", "k_proj", "v_proj", "qkv_proj") or self._has_parallel("attention")
+        is_read = self._saves_input("q_proj", "k_proj", "v_proj", "qkv_proj") or self._has_bottleneck("attention")
         return self._norm(is_read=is_read)
 
     @property
     def _mlp_norm(self) -> int:
-        is_read = self._saves_input("gate_proj", "up_proj", "gate_up_proj") or self._has_parallel("mlp")
+        is_read = self._saves_input("gate_proj", "up_proj", "gate_up_proj") or self._has_bottleneck("mlp")
         return self._norm(is_read=is_read)
 
     def _norm(self, *, is_read: bool) -> int:
@@ -150,9 +150,10 @@ class Tokens:
             peft.method in ("lora", "dora") and any(is_target(peft, linear) for linear in linears)
         )
 
-    def _has_parallel(self, sublayer: str) -> bool:
+    def _has_bottleneck(self, sublayer: str) -> bool:
+        """Whether an adapter saves its input: a parallel one the norm's output, a series one the sublayer's."""
         peft = self.config.peft
-        return peft.method == "parallel" and peft.sublayers in ("both", sublayer)
+        return peft.method in ("series", "parallel") and peft.sublayers in ("both", sublayer)
 
     @property
     def _inner(self) -> int:

@@ -78,7 +78,7 @@ def test_what_saves_memory(before, after, device_type):
         (("peft.method=lora", "peft.target_modules=[down_proj]"), 4, 0),
         (("peft.method=parallel",), 2, 1),
         (("peft.method=parallel", "peft.sublayers=mlp"), 3, 1),
-        (("peft.method=series",), 4, 1),
+        (("peft.method=series",), 2, 1),
     ],
 )
 def test_frozen_layers_save_less(overrides, num_hidden, num_inner):
