@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from longctx.training.peak import read_peak_memory
 
 LR = 1e-4
+ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0}  # longctx's defaults
 Step = Callable[[], float]
 
 
@@ -109,7 +110,7 @@ def start_ulysses(specification: dict[str, Any], rank: int) -> Step:
     )
     model = _load(specification)
     loader = torch.utils.data.DataLoader([0], batch_size=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **ADAMW)
     model, optimizer, _ = accelerator.prepare(model, optimizer, loader)
     part = slice(rank * num_tokens // world_size, (rank + 1) * num_tokens // world_size)
     positions = torch.arange(num_tokens)[None]
@@ -142,7 +143,7 @@ def start_ddp(specification: dict[str, Any], rank: int) -> Step:
     """Every rank a sequence of its own."""
     _join_world(specification, rank)
     model = torch.nn.parallel.DistributedDataParallel(_load(specification))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **ADAMW)
     rows = itertools.cycle(read_tokens(specification)[rank :: specification["world_size"]])
 
     def run() -> float:
