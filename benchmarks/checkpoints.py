@@ -6,7 +6,7 @@ it nor the configuration names an end-of-sequence token.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,19 @@ SHAPES = {
 }
 
 
-def ensure_checkpoint(name: str, work: Path) -> Path:
+def ensure_checkpoint(name: str, work: Path, *, with_weights: bool = True, max_context: int | None = None) -> Path:
     """The folder of the checkpoint ``name`` under ``work``, written if it is not there yet.
 
     Args:
         name: a key of ``SHAPES``.
         work: cache folder, made if missing.
+        with_weights: without: for a model whose weights are made where it runs.
+        max_context: tokens, if not the shape's own.
     """
-    shape = SHAPES[name]
+    shape = SHAPES[name] if max_context is None else replace(SHAPES[name], max_context=max_context)
     folder = work / f"llama-{name}"
     marker = folder / "shape.json"  # written last
-    content = json.dumps(asdict(shape))
+    content = json.dumps(asdict(shape) | {"with_weights": with_weights})
     if marker.is_file() and marker.read_text() == content:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -116,7 +118,8 @@ def ensure_checkpoint(name: str, work: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(_config(shape), indent=2))
     (folder / "generation_config.json").write_text('{"do_sample": false}')
     _write_tokenizer(folder, shape)
-    _write_weights(folder, shape)
+    if with_weights:
+        _write_weights(folder, shape)
     marker.write_text(content)
     return folder
 

@@ -5,7 +5,8 @@
 
 Every tile of every rank is computed on one device; nothing travels, and partial results that a rank owes others are
 merged where they are owed. In a round the unsharded kernel and each way to cut take turns, in another order each time.
-The first round is not timed: it warms up, and outputs are compared with the unsharded kernel's. Forward only.
+The first round is not timed: it warms up, on ``--warmup-tokens``, and outputs are compared with the unsharded kernel's.
+Forward only.
 """
 
 import argparse
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUTS = {"causal": "zigzag", "packed": "balanced"}
 LIMITS = {"causal": 1.05, "packed": 1.10}  # tiles over the unsharded kernel
+LONG = 1 << 20  # tokens of which one round of minutes is enough: thousands of kernels
 MERGE_LIMIT = 0.02  # of tiles and merging
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -49,6 +51,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--kernel", default="auto", choices=("auto", *PREFERENCE))
     parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument(
+        "--warmup-tokens", type=int, help="of the round that warms up; as many as --tokens unless given"
+    )
     parser.add_argument("--world-sizes", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--masks", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--plans", nargs="+", default=["kv_ring"], choices=list(PLANS))
@@ -57,11 +62,12 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least 5 to be saved, or 1 of a million tokens")
     parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
-    if arguments.save and arguments.rounds < 5:
-        parser.error(f"--rounds={arguments.rounds} is too few for a result that is kept; at least 5")
+    least = 1 if arguments.tokens >= LONG else 5
+    if arguments.save and arguments.rounds < least:
+        parser.error(f"--rounds={arguments.rounds} is too few for a result that is kept; at least {least}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     device = torch.device(arguments.device)
     kernel = choose_kernel(device, DTYPES[arguments.dtype], arguments.head_dim, arguments.kernel)
@@ -87,23 +93,22 @@ def run_mask(arguments: argparse.Namespace, mask_name: str, kernel: TileKernel) 
     """Every way to cut, in turns with the unsharded kernel."""
     device, layout = torch.device(arguments.device), LAYOUTS[mask_name]
     clock = Clock(device)
-    bounds = cut_documents(arguments.tokens, arguments.documents if mask_name == "packed" else 1)
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = [(1, arguments.tokens, h, arguments.head_dim) for h in (arguments.heads, *[arguments.kv_heads] * 2)]
-    named = {"generator": generator, "device": device, "dtype": DTYPES[arguments.dtype]}
-    q, k, v = (torch.randn(shape, **named) for shape in shapes)
     ways = list(product(arguments.world_sizes, arguments.plans))
     rounds: dict[Any, list[dict[str, float]]] = {way: [] for way in (None, *ways)}
     errors: dict[Any, float] = {}
     for round_idx in range(arguments.rounds + 1):
+        if round_idx < 2:
+            num_tokens = arguments.tokens if round_idx else arguments.warmup_tokens or arguments.tokens
+            bounds = cut_documents(num_tokens, arguments.documents if mask_name == "packed" else 1)
+            sequence = draw(arguments, num_tokens)
         for way in random.Random(round_idx).sample(list(rounds), len(rounds)):
-            shards = None if way is None else Shards.cut((q, k, v), bounds, layout, way, kernel, clock)
+            shards = None if way is None else Shards.cut(sequence, bounds, layout, way, kernel, clock)
             sums = None
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             if shards is None:
                 start = clock.mark()
-                attend_unsharded(kernel, q, k, v, bounds)
+                attend_unsharded(kernel, *sequence, bounds)
                 record = {"unsharded_s": clock.sum([(start, clock.mark())])}
             else:
                 sums = shards.attend()
@@ -113,7 +118,7 @@ def run_mask(arguments: argparse.Namespace, mask_name: str, kernel: TileKernel) 
             if round_idx:
                 rounds[way].append(record)
             elif shards is not None and sums is not None:
-                errors[way] = shards.compare(sums, attend_unsharded(kernel, q, k, v, bounds))
+                errors[way] = shards.compare(sums, attend_unsharded(kernel, *sequence, bounds))
             del shards, sums
     common = {"mask": mask_name, "num_documents": len(bounds) - 1, "layout": layout}
     cells = [common | describe_way(mask_name, way, rounds[way], rounds[None], errors[way]) for way in ways]
@@ -123,6 +128,17 @@ def run_mask(arguments: argparse.Namespace, mask_name: str, kernel: TileKernel) 
         )
         logger.info(text, cell)
     return cells
+
+
+def draw(arguments: argparse.Namespace, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random q, k and v, ``[1, num_tokens, heads, head_dim]``."""
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, num_tokens, heads, arguments.head_dim, generator=generator, device=device, dtype=dtype)
+        for heads in (arguments.heads, arguments.kv_heads, arguments.kv_heads)
+    )
+    return q, k, v
 
 
 class Clock:
@@ -253,11 +269,7 @@ def attend_unsharded(
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(*arguments, softmax_scale=scale, causal=True)[None]
-    from torch.nn.attention.varlen import varlen_attn
-
-    out = varlen_attn(*arguments, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[2] != k.shape[2])
-    assert isinstance(out, torch.Tensor)
-    return out[None]
+    return torch.ops.aten._flash_attention_forward(*arguments, 0.0, True, False, scale=scale)[0][None]
 
 
 def describe_way(
