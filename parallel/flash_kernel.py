@@ -2,8 +2,8 @@
 
 Follows FlashAttention-2 (arXiv 2307.08691) and the flash-attn package's meaning of its arguments: masks are aligned
 to the bottom right corner, query i of S sees keys j of L with ``i + L - S - left <= j <= i + L - S + right``, -1 is
-unbounded. Every tile is such a band, so none is cut into blocks and merged again. What is not here: float32, dropout,
-FlashAttention-3.
+unbounded, and so is a bound of L or more. Every tile is such a band: none is cut into blocks and merged again but
+where that last rule would show keys that are hidden. What is not here: float32, dropout, FlashAttention-3.
 
 These kernels round the output of every tile to q's dtype, and dQ, dK and dV of every tile too. Merging and adding up
 is done in float32, so an error of half a unit in the last place of each tile is left, weighted like the tile: it does
@@ -45,8 +45,16 @@ class FlashKernel(TileKernel):
         num_rows, num_columns = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
         if tile.is_full:
             yield Block(0, num_rows, 0, num_columns)
-        else:
+            return
+        row = num_columns - 1 - tile.high  # the first that sees the last key
+        right = tile.high - (num_columns - num_rows)
+        if row <= 0 or right < num_columns:
             yield Block(0, num_rows, 0, num_columns, low=tile.low, high=tile.high)
+            return
+        # Of more queries than keys, such a bound hides something, and yet the kernels take it for none.
+        yield Block(0, row, 0, num_columns - 1, low=tile.low, high=tile.high)
+        first = max(0, row + tile.low)
+        yield Block(row, num_rows, first, num_columns, low=row + tile.low - first, high=row + tile.high - first)
 
     def forward(
         self, q_BSHD: torch.Tensor, k_BLKD: torch.Tensor, v_BLKD: torch.Tensor, block: Block, scale: float

@@ -1,6 +1,6 @@
 """The GPU flash kernels' documented meaning, straight from the formula in float64, to stand in for them on a CPU.
 
-Masks are aligned to the bottom right corner. The backward takes of O only rowsum(dO * O), as the kernels do.
+Masks are aligned to the bottom right corner; a bound of as many keys as there are is none. The backward takes of O only rowsum(dO * O), as the kernels do.
 """
 
 import torch
@@ -40,6 +40,7 @@ def _scores(q, k, scale, causal, window):
     assert not causal or right in (-1, 0)
     right = 0 if causal else right
     num_q, num_kv = q.shape[1], k.shape[1]
+    left, right = (-1 if bound >= num_kv else bound for bound in (left, right))
     i, j = torch.arange(num_q)[:, None] + num_kv - num_q, torch.arange(num_kv)[None]
     hidden = torch.zeros(num_q, num_kv, dtype=torch.bool)
     if left >= 0:

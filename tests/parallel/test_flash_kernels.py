@@ -14,7 +14,7 @@ from parallel.delta import output_with
 from parallel.flash_attn import FlashAttn
 from parallel.mask import Mask, Tile
 from parallel.plans import PLANS
-from parallel.tile_attention import choose_kernel
+from parallel.tile_attention import attend_tile_, choose_kernel
 from parallel.torch_flash import TorchFlash
 from tests.parallel import documented_flash
 from tests.parallel.cells import CELLS, relative_error
@@ -111,20 +111,24 @@ def test_half_precision_partials_do_not_lose_more_with_ranks(kernel, world_size)
 
 
 @pytest.mark.parametrize(
-    "tile",
+    "tile, num_calls",
     [
-        Tile(0, 7, 0, 7, high=0),
-        Tile(0, 5, 0, 9, high=4),
-        Tile(0, 9, 0, 5, high=1),
-        Tile(0, 6, 0, 9, low=1, high=5),
-        Tile(0, 8, 0, 6, low=-2, high=3),
-        Tile(0, 1, 0, 4),
+        (Tile(0, 7, 0, 7, high=0), 1),
+        (Tile(0, 5, 0, 9, high=4), 1),
+        (Tile(0, 9, 0, 5, high=0), 1),
+        (Tile(0, 9, 0, 5, high=1), 2),
+        (Tile(0, 9, 0, 5, low=-7, high=3), 2),
+        (Tile(0, 12, 0, 4, low=-8, high=2), 2),
+        (Tile(0, 6, 0, 9, low=1, high=5), 1),
+        (Tile(0, 8, 0, 6, low=-2, high=3), 1),
+        (Tile(0, 1, 0, 4), 1),
     ],
 )
-def test_a_tile_is_one_call(kernel, tile):
+def test_a_tile_is_one_call_unless_its_bound_would_be_taken_for_none(kernel, tile, num_calls):
     q, k = torch.randn(2, tile.q_stop, 4, 16), torch.randn(2, tile.kv_stop, 2, 16)
-    (block,) = kernel.blocks(tile)
-    out, lse = kernel.forward(q, k, k, block, 0.25)
+    assert len(list(kernel.blocks(tile))) == num_calls
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"))
+    attend_tile_(kernel, tile, q, k, k, out, lse, 0.25)
     rows, columns = torch.arange(tile.q_stop)[:, None], torch.arange(tile.kv_stop)[None]
     hidden = (columns < rows + tile.low) | (columns > rows + tile.high)
     scores = torch.einsum("bihd,bjhd->bihj", q, k.repeat_interleave(2, 2)) * 0.25
