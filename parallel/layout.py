@@ -2,16 +2,18 @@
 
 A layout is pure arithmetic: per rank a tuple of spans, arithmetic progressions of global token indices. Contiguous;
 zigzag (rank r holds chunks r and 2W-1-r of 2W, which balances a causal mask); striped after Striped Attention (arXiv
-2311.09431); balanced for packed documents: each rank gets the same unmasked area and, where documents are short, whole
-documents. No torch here: ``parallel/shard.py`` cuts tensors.
+2311.09431); balanced for packed documents: each rank gets the same unmasked area, and a document lies on as few ranks
+as that allows. No torch here: ``parallel/shard.py`` cuts tensors.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
+FACTOR = 2  # in length, of long documents that share the ranks
+SLIVER = 0.01  # of a rank's share of the area: less of a document is not worth another rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,36 +111,78 @@ def _documents(cu_seqlens: Sequence[int] | None, offset: int, length: int) -> li
 
 
 def _balance(documents: Sequence[tuple[int, int]], world_size: int) -> Layout:
-    """Long documents as zigzag over all ranks; the others in order, cut where a rank has its share of the area.
+    """Areas alike on every rank, tokens nearly so, and few pieces of a document.
 
-    A document is long if its causal area is more than one rank's share.
+    A document is long if its causal area is more than one rank's share. Long ones whose lengths are within a factor
+    of two share the ranks: each lies on as many as its part of their area, as a zigzag, and every rank gets the same of
+    them. The others fill up the ranks in order, each cut where a rank is full.
     """
     share = sum(_area(stop - start) for start, stop in documents) / world_size
-    ranges: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
-    areas = [0.0] * world_size
-    short: list[tuple[int, int]] = []
+    ranks = [_Rank(share) for _ in range(world_size)]
+    long = [(start, stop) for start, stop in documents if _area(stop - start) > share]
+    alike: list[tuple[int, int]] = []
+    for start, stop in sorted(long, key=lambda each: each[0] - each[1]):
+        if alike and FACTOR * (stop - start) < alike[0][1] - alike[0][0]:
+            _spread(alike, ranks)
+            alike = []
+        alike.append((start, stop))
+    if alike:
+        _spread(alike, ranks)
+    _fill([each for each in documents if each not in long], ranks)
+    return tuple(_spans(sorted(rank.ranges)) for rank in ranks)
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What a rank is given, and how much it has room for."""
+
+    room: float
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+
+    def take(self, start: int, stop: int, document: int) -> None:
+        """Rows of the document that begins at ``document``."""
+        self.ranges.append((start, stop))
+        self.room -= _area(stop - document) - _area(start - document)
+
+
+def _spread(documents: Sequence[tuple[int, int]], ranks: Sequence[_Rank]) -> None:
+    """The same area on every rank. A document lies on one rank after another from both of its ends inwards, where equal
+    widths have as area the width times the length."""
+    share = sum(_area(stop - start) for start, stop in documents) / len(ranks)
+    index, room = 0, share  # of the rank; what those before have too much by rounding is taken off
     for start, stop in documents:
-        if _area(stop - start) <= share:
-            short.append((start, stop))
-            continue
-        for rank, spans in enumerate(_zigzag(start, stop, world_size)):
-            ranges[rank] += [(span.start, span.stop) for span in spans]
-            areas[rank] += sum(_area(span.stop - start) - _area(span.start - start) for span in spans)
-    rank, surplus = 0, 0.0  # of the ranks before, from rounding to rows
-    for start, stop in short:
+        length, low = stop - start, 0
+        while low < length - low:
+            is_last = index == len(ranks) - 1
+            if room < SLIVER * share and not is_last:
+                index, room = index + 1, room + share
+                continue
+            half = (length - 2 * low + 1) // 2
+            width = min(half, max(0, round(room / length)))
+            if is_last or (half - width) * length < SLIVER * share:
+                width = half
+            high = low + width
+            before = ranks[index].room
+            ranks[index].take(start + low, start + high, start)
+            ranks[index].take(max(start + high, stop - high), stop - low, start)
+            room += ranks[index].room - before
+            low = high
+
+
+def _fill(documents: Sequence[tuple[int, int]], ranks: Sequence[_Rank]) -> None:
+    """Rows in order, onto one rank after another until it has no more room."""
+    index, surplus = 0, 0.0
+    for start, stop in documents:
         row = start
         while row < stop:
-            room = share - areas[rank] - surplus
-            last = rank == world_size - 1
-            end = stop if last else min(stop, start + _rows_within(_area(row - start) + room))
+            rank, is_last = ranks[index], index == len(ranks) - 1
+            end = stop if is_last else min(stop, start + _rows_within(_area(row - start) + rank.room - surplus))
             if end > row:
-                areas[rank] += _area(end - start) - _area(row - start)
-                ranges[rank].append((row, end))
-            row = max(row, end)
+                rank.take(row, end, start)
+                row = end
             if row < stop:
-                surplus += areas[rank] - share
-                rank += 1
-    return tuple(_spans(sorted(own)) for own in ranges)
+                surplus -= rank.room
+                index += 1
 
 
 def _area(num_tokens: int) -> int:

@@ -121,8 +121,11 @@ class Tokens:
         """Two gradients of the hidden size, sums of dq, dk and dv, and a tile's; beside what attention saved."""
         sums = self._wide(self.q) + self._wide(self.kv)
         gradients = self.hidden + self.q
-        if device_type == "cuda":  # a tile's gradients in the layer's dtype, and the kernel's sum of dq
-            return gradients + sums + self.q + self.kv + self._wide(self.q)
+        if device_type == "cuda":
+            # An output with the given delta; a tile's gradients in the layer's dtype; the kernel's sum of dq, and its
+            # dk and dv of every query head.
+            repeated = 2 * self.q if self.spec.num_heads != self.spec.num_kv_heads else 0
+            return gradients + sums + 2 * self.q + self.kv + self._wide(self.q) + repeated
         # a tile's gradients; the kernel's, of keys repeated for every query head; an output with the given delta
         return gradients + 2 * sums + 3 * self._wide(self.q) + 2 * self._wide(self.q) + self._converted
 
