@@ -9,6 +9,7 @@ as that allows. No torch here: ``parallel/shard.py`` cuts tensors.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
@@ -69,11 +70,19 @@ def count_tokens(spans: Sequence[Span]) -> int:
     return sum(len(span) for span in spans)
 
 
+def list_cu_seqlens(cu_seqlens: Iterable[Any] | None) -> tuple[int, ...] | None:
+    """Document boundaries as integers; ``ValueError`` for what is no sequence of whole numbers."""
+    try:
+        return None if cu_seqlens is None else tuple(index(bound) for bound in cu_seqlens)
+    except TypeError:
+        raise ValueError(f"cu_seqlens={cu_seqlens} is not allowed: whole numbers, [num_documents + 1]") from None
+
+
 def check_cu_seqlens(cu_seqlens: Iterable[Any] | None, length: int) -> tuple[int, ...] | None:
     """Document boundaries as integers; ``ValueError`` unless they rise from 0 to ``length``."""
-    if cu_seqlens is None:
+    bounds = list_cu_seqlens(cu_seqlens)
+    if bounds is None:
         return None
-    bounds = tuple(int(bound) for bound in cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
         shown = f"[{', '.join(map(str, bounds[:3]))}, ...]" if len(bounds) > 4 else str(list(bounds))
         raise ValueError(f"cu_seqlens={shown} is not allowed: it rises from 0 to the sequence's length, {length}")
