@@ -170,6 +170,9 @@ def _spread(documents: Sequence[tuple[int, int]], ranks: Sequence[_Rank]) -> Non
             width = min(half, max(0, round(room / length)))
             if is_last or (half - width) * length < SLIVER * share:
                 width = half
+            if not width:  # less than half a row's room, which the next one gets
+                index, room = index + 1, room + share
+                continue
             high = low + width
             before = ranks[index].room
             ranks[index].take(start + low, start + high, start)
