@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longctx.attention.landmark import landmark_attention
     from longctx.llm import LLM
     from longctx.messages import SamplingParams
     from parallel.attention import sequence_parallel_attention, token_ring_attention
@@ -17,6 +18,7 @@ __all__ = [
     "LLM",
     "SamplingParams",
     "__version__",
+    "landmark_attention",
     "sequence_parallel_attention",
     "shard_sequence",
     "token_ring_attention",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "landmark_attention": "longctx.attention.landmark",
     "LLM": "longctx.llm",
     "SamplingParams": "longctx.messages",
     "sequence_parallel_attention": "parallel.attention",
