@@ -5,9 +5,9 @@ A query attends, in one softmax, to the normal tokens of its own block up to its
 blocks; a landmark's weight is shared out among its block's normal tokens by a softmax of their own. Landmarks carry no
 value, and inside its own block a landmark is seen by nobody.
 
-With the log-sum-exp of a block's scores, that is one softmax over changed scores: s_ij - lse_im + l_im for token j of an
-earlier block m with landmark score l_im. Forward and backward work on a tile of queries at a time; the backward needs
-of the forward no more than each query's log-sum-exp, and all else is a tile's own.
+With the log-sum-exp of a block's scores, that is one softmax over changed scores: s_ij - lse_im + l_im for token j of
+an earlier block m with landmark score l_im. Forward and backward work on a tile of queries at a time; the backward
+needs of the forward no more than each query's log-sum-exp, and all else is a tile's own.
 
 Legend: B batch, S tokens, H query heads, K KV heads, G = H / K, D head dim, M blocks, P tokens of a padded block, its
 landmark last; R queries of a tile.
@@ -37,10 +37,10 @@ def landmark_attention(
     Args:
         q: ``[batch, seq, num_heads, head_dim]``, rotated already.
         k, v: ``[batch, seq, num_kv_heads, head_dim]``; num_heads is a multiple of num_kv_heads.
-        is_landmark: ``[batch, seq]`` bool: the last token of each block. Tokens behind the last one are a block without.
+        is_landmark: ``[batch, seq]`` bool: the last token of each block. Tokens behind the last are a block without.
         scale: of the scores; None is ``head_dim ** -0.5``.
-        cu_seqlens: ``[num_documents + 1]`` boundaries of packed documents, for batch 1; nothing is seen across them, and
-            blocks end at them.
+        cu_seqlens: ``[num_documents + 1]`` boundaries of packed documents, for batch 1; nothing is seen across them,
+            and blocks end at them.
 
     Returns:
         ``[batch, seq, num_heads, head_dim]`` in q's dtype. A landmark's own row is a query like any other.
