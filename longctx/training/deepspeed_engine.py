@@ -249,11 +249,12 @@ def _describe(
     config: DeepSpeedConfig, optimizer: OptimizerConfig, dtype: torch.dtype, world_size: int, num_micro_steps: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
-    bucket, element_size = parse_size(config.bucket_size), dtype.itemsize
+    element_size = dtype.itemsize
+    bucket = 2 * max(1, parse_size(config.bucket_size) // (2 * element_size))  # DeepSpeed takes even numbers only
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "reduce_bucket_size": max(1, bucket // element_size),
-        "allgather_bucket_size": max(1, bucket // element_size),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         "overlap_comm": dist.get_backend() == "nccl",
         "contiguous_gradients": True,
     }
