@@ -1,4 +1,4 @@
-"""Run by ``test_landmark_kernels.py`` under Triton's interpreter, or on a GPU: prints each case's worst errors as JSON.
+"""Run by ``test_method_kernels.py`` under Triton's interpreter, or on a GPU: prints each case's worst errors as JSON.
 
 python -m tests.longctx.methods.interpreted_landmark [cuda]
 """

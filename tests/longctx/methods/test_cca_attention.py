@@ -6,7 +6,7 @@ import torch
 import longctx
 from tests.longctx.methods.cca_reference import cca_reference
 
-SIZES = [(4, 6), (4, 1), (1, 3), (3, 3), (5, 2), (16, 4), (2, 40)]
+SIZES = [(4, 6), (4, 1), (1, 3), (5, 2), (16, 4), (2, 40)]
 DOCUMENTS = {
     "one": (29, None),
     "whole groups": (24, None),
@@ -31,8 +31,11 @@ def make_inputs(length, heads, head_dim, dtype, batch):
 
 @pytest.mark.parametrize("group_size, window", SIZES)
 @pytest.mark.parametrize("documents", list(DOCUMENTS))
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["mha", "gqa"])
-@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    "heads, dtype, most",
+    [((2, 2), torch.float64, 1e-10), ((4, 2), torch.float64, 1e-10), ((4, 2), torch.float32, 2e-5)],
+    ids=["mha-fp64", "gqa-fp64", "gqa-fp32"],
+)
 def test_outputs_and_gradients_are_the_formulas(group_size, window, documents, heads, dtype, most):
     length, bounds = DOCUMENTS[documents]
     q, k, v, dout = make_inputs(length, heads, 8, dtype, 1 if bounds else 2)
