@@ -20,6 +20,11 @@ class MachineLimits:
     bytes_per_s: float
 
 
+def find_device_type(device_name: str) -> str:
+    """``cpu`` or ``cuda``, of a ``model.device`` that may be ``auto``."""
+    return "cuda" if device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available()) else "cpu"
+
+
 def find_limits(machine: MachineConfig, *, device_name: str, dtype: str, num_processes: int) -> MachineLimits:
     """What is not configured is measured here.
 
@@ -33,7 +38,7 @@ def find_limits(machine: MachineConfig, *, device_name: str, dtype: str, num_pro
         ConfigError: if a GPU is planned for where there is none, and its numbers are missing.
     """
     has_gpu = torch.cuda.is_available()
-    device_type = "cuda" if device_name == "cuda" or (device_name == "auto" and has_gpu) else "cpu"
+    device_type = find_device_type(device_name)
     if device_type == "cuda" and not has_gpu:
         for key, example in (("memory", "80GiB"), ("peak_flops", "8e14"), ("bytes_per_s", "3e12")):
             if getattr(machine, key) is None:

@@ -81,18 +81,18 @@ def cca_attention(
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not allowed: {', '.join(allowed)}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     parts = []
     for start, stop in pairwise(document_bounds(cu_seqlens, q)):
         own_q, own_k, own_v = (x[:, start:stop] for x in (q, k, v))
         cores = pool_cores(
-            own_q, own_k, own_v, group_size, scale, core_position=core_position, head_pooling=head_pooling
+            own_q, own_k, own_v, group_size, factor, core_position=core_position, head_pooling=head_pooling
         )
         core_k = cores.k
         if rope is not None:
             positions = torch.arange(stop - start, device=q.device)[:, None]
             own_q, own_k, core_k = rope(own_q, positions), rope(own_k, positions), rope(core_k, cores.positions)
-        parts.append(attend_cores(own_q, own_k, own_v, core_k, cores.v, group_size, window, scale))
+        parts.append(attend_cores(own_q, own_k, own_v, core_k, cores.v, group_size, window, factor))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
@@ -236,11 +236,12 @@ class _Parts:
         if self._num_rows:
             columns = slice(0, self._num_rows)
             cores = self._core_k[:, columns], self._core_v[:, columns]
-            sums = (*(self._fold(x[..., None])[..., 0] for x in (lse, delta)),)
             folded = self._fold(q)
+            folded_lse, folded_delta = (self._fold(x[..., None])[..., 0] for x in (lse, delta))
             part = torch.zeros(folded.shape, dtype=self._dtype, device=q.device)
             targets = part, dcore_k[:, columns], dcore_v[:, columns]
-            differentiate_tile_(kernel, self._causal, self._fold(dout), folded, *cores, *sums, *targets, scale)
+            given = self._fold(dout), folded, *cores, folded_lse, folded_delta
+            differentiate_tile_(kernel, self._causal, *given, *targets, scale)
             dq[:, self._folded] += self._unfold(part)
         if tile := self._rest_tile:
             rows, columns = self._rest, slice(0, tile.kv_stop)

@@ -74,8 +74,8 @@ class _Launch:
         self._num_kv_heads, padded_dim = k.shape[2], max(16, triton.next_power_of_2(head_dim))
         is_wide = padded_dim > 128 or q.element_size() == 4
         self.sizes = num_tokens, num_heads, num_heads // self._num_kv_heads, head_dim, group_size, window, scale
-        common = {"DIM": padded_dim, "COLUMNS": 32 if is_wide else 64}
-        common["PRECISION"] = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
+        precision = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
+        common: dict[str, Any] = {"DIM": padded_dim, "COLUMNS": 32 if is_wide else 64, "PRECISION": precision}
         self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
         self.backward = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads, self._batch)

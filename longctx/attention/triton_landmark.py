@@ -87,8 +87,13 @@ class _Launch:
         num_columns = max(size, 32 if is_wide else 64)
         self.tables = tables.block_S, tables.first_S, tables.seen_S, tables.lengths_M, tables.starts_M, tables.ends_M
         self.sizes = num_tokens, tables.num_blocks, num_heads, num_heads // num_kv_heads, head_dim, scale
-        common = {"SLOTS": size, "BLOCKS": num_columns // size, "DIM": padded_dim}
-        common["PRECISION"] = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
+        precision = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
+        common: dict[str, Any] = {
+            "SLOTS": size,
+            "BLOCKS": num_columns // size,
+            "DIM": padded_dim,
+            "PRECISION": precision,
+        }
         self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
         self.backward = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads)

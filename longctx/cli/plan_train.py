@@ -52,8 +52,11 @@ def plan_train(config: PlanTrainConfig) -> int:
     """Print the plan; returns 0 if the run fits, else 1. Raises ``ConfigError``, ``CheckpointError`` as training."""
     check_config(config)
     spec = inspect_checkpoint(config.model.path, require_weights=False)
-    from longctx.machine_limits import find_limits  # loads torch: a mistake in the configuration is told before
+    from longctx.machine_limits import find_device_type, find_limits  # load torch: mistakes are told before
+    from longctx.training.peak import choose_dtype
 
+    dtype = choose_dtype(config.model.dtype, find_device_type(config.model.device))
+    config = replace(config, model=replace(config.model, dtype=dtype))
     world_size = config.parallel.dp_degree * config.parallel.sp_degree
     machine = replace(config.machine, peak_flops=config.machine.peak_flops or config.logger.peak_flops)
     limits = find_limits(machine, device_name=config.model.device, dtype=config.model.dtype, num_processes=world_size)

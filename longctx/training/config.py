@@ -18,7 +18,9 @@ class TrainModelConfig:
     path: str = option("demo", "Hugging Face checkpoint folder, or demo for the model that ships with longctx")
     init: str = option("checkpoint", "where weights start: as stored, or random ones", choices=("checkpoint", "random"))
     dtype: str = option(
-        "bfloat16", "of weights and activations; float32 master weights", choices=("float32", "bfloat16")
+        "auto",
+        "of weights and activations, master weights are float32; auto: bfloat16 but on CPUs that are slow with it",
+        choices=("auto", "float32", "bfloat16"),
     )
     device: str = option("auto", "auto: cuda if there is a GPU", choices=("auto", "cpu", "cuda"))
     rope_scaling: str = option(

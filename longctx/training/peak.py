@@ -43,14 +43,25 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, group: dist.
     return float(flops) / dist.get_world_size(group)
 
 
-def warn_of_slow_products(device: torch.device, dtype: torch.dtype) -> None:
-    """Say so if torch multiplies ``dtype`` slowly on ``device``: bfloat16, on a CPU that has float32 only."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    logger.warning(
-        "this CPU has no bfloat16 instructions, and without them torch multiplies slowly: model.dtype=float32 is "
-        "several times faster here"
-    )
+def choose_dtype(name: str, device_type: str) -> str:
+    """What ``model.dtype`` means on a device: auto is bfloat16, or float32 on a CPU that has no instructions for it."""
+    if name != "auto":
+        return name
+    return "float32" if _is_slow(device_type) else "bfloat16"
+
+
+def warn_of_slow_products(dtype: str, device_type: str) -> None:
+    """Say so if torch multiplies ``dtype`` slowly on a device: bfloat16, on a CPU that has float32 only."""
+    if dtype == "bfloat16" and _is_slow(device_type):
+        logger.warning(
+            "this CPU has no bfloat16 instructions, and without them torch multiplies slowly: model.dtype=float32 is "
+            "several times faster here"
+        )
+
+
+def _is_slow(device_type: str) -> bool:
+    """Whether bfloat16 is."""
+    return device_type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def read_peak_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from longctx.training.deepspeed_engine import DeepSpeedTraining
 from longctx.training.flops import count_training_flops
 from longctx.training.loss_head import LossHead
 from longctx.training.memory_saving import save_memory
-from longctx.training.peak import measure_peak_flops, read_peak_memory
+from longctx.training.peak import choose_dtype, measure_peak_flops, read_peak_memory
 from longctx.training.place import RankPlace
 from longctx.training.preflight import read_links
 from longctx.training.resume import check_weights, find_checkpoint
@@ -50,7 +50,8 @@ class RunParts:
         self.world = TrainingWorld(
             place.global_rank, parallel, address=place.master_address, port=place.master_port, device=self.device
         )
-        self.peak_flops = config.logger.peak_flops or measure_peak_flops(self.device, DTYPES[config.model.dtype])
+        self.dtype = self._agree_on_dtype()
+        self.peak_flops = config.logger.peak_flops or measure_peak_flops(self.device, DTYPES[self.dtype])
         self._build_model()
         reader = find_checkpoint(config, restart=place.restart)
         if reader is not None:
@@ -108,11 +109,18 @@ class RunParts:
         self.engine.destroy()
         self.world.close()
 
+    def _agree_on_dtype(self) -> str:
+        """``model.dtype``, where auto is what is fast on every rank. Collective."""
+        dtype = choose_dtype(self._config.model.dtype, self.device.type)
+        (is_wide,) = self.world.largest([float(dtype == "float32")])
+        return "float32" if is_wide else dtype
+
     def _build_model(self) -> None:
         config, parallel = self._config, self._config.parallel
         model = build_starting_model(
             self.spec,
             config.model,
+            dtype=DTYPES[self.dtype],
             context_length=config.train.context_length,
             device=self.device,
             seed=config.train.seed,
@@ -141,7 +149,7 @@ class RunParts:
             parameters,
             config=config.deepspeed,
             optimizer=config.optimizer,
-            dtype=DTYPES[config.model.dtype],
+            dtype=DTYPES[self.dtype],
             num_micro_steps=config.train.batch_size // parallel.dp_degree,
             leaves=leaves,
         )

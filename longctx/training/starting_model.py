@@ -18,9 +18,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_starting_model(
-    spec: ModelSpec, config: TrainModelConfig, *, context_length: int, device: torch.device, seed: int
+    spec: ModelSpec,
+    config: TrainModelConfig,
+    *,
+    dtype: torch.dtype,
+    context_length: int,
+    device: torch.device,
+    seed: int,
 ) -> PreTrainedModel:
-    """In ``config.dtype`` on ``device``, ready to be trained; the same on every rank.
+    """In ``dtype`` on ``device``, ready to be trained; the same on every rank.
 
     Raises:
         CheckpointError: if weights are missing or not those of the configuration.
@@ -31,7 +37,7 @@ def build_starting_model(
     model: Any = build_model(
         spec,
         settings,
-        dtype=DTYPES[config.dtype],
+        dtype=dtype,
         device=device,
         random_weights_seed=seed if config.init == "random" else None,
     )

@@ -33,7 +33,6 @@ from longctx.training.place import RankPlace
 from longctx.training.record import StepRecord
 from longctx.training.run_parts import RunParts
 from longctx.training.schedule import learning_rate
-from longctx.training.starting_model import DTYPES
 from longctx.training.step_log import open_step_log
 from longctx.training.step_trace import trace_step
 from longctx.training.stop import is_stop_requested
@@ -94,7 +93,7 @@ class TrainingRun:
         """Every step that is left."""
         config = self._config
         if self._world.rank == 0:
-            warn_of_slow_products(self._parts.device, DTYPES[config.model.dtype])
+            warn_of_slow_products(self._parts.dtype, self._parts.device.type)
         log = open_step_log(
             config.logger,
             self._output,

@@ -6,7 +6,7 @@ import pytest
 
 from longctx.cli.main import main
 
-MACHINE = ("machine.peak_flops=1e12", "machine.bytes_per_s=2e10")
+MACHINE = ("machine.peak_flops=1e12", "machine.bytes_per_s=2e10", "model.dtype=bfloat16")
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:

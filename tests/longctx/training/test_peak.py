@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longctx.training.peak import measure_peak_flops, read_peak_memory, warn_of_slow_products
+from longctx.training.peak import choose_dtype, measure_peak_flops, read_peak_memory, warn_of_slow_products
 
 CPU = torch.device("cpu")
 
@@ -18,11 +18,19 @@ def test_the_peak_is_that_of_a_processor():
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_slow_products_are_told(monkeypatch, caplog, has_bf16):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
-    warn_of_slow_products(CPU, torch.float32)
-    warn_of_slow_products(torch.device("cuda"), torch.bfloat16)
+    warn_of_slow_products("float32", "cpu")
+    warn_of_slow_products("bfloat16", "cuda")
     assert not caplog.messages
-    warn_of_slow_products(CPU, torch.bfloat16)
+    warn_of_slow_products("bfloat16", "cpu")
     assert ["model.dtype=float32" in message for message in caplog.messages] == [True] * (not has_bf16)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_is_what_is_fast(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert choose_dtype("auto", "cpu") == ("bfloat16" if has_bf16 else "float32")
+    assert choose_dtype("auto", "cuda") == "bfloat16"
+    assert [choose_dtype(name, "cpu") for name in ("bfloat16", "float32")] == ["bfloat16", "float32"]
 
 
 def test_memory_that_was_held_counts():
