@@ -6,6 +6,7 @@ zigzag (rank r holds chunks r and 2W-1-r of 2W, which balances a causal mask); s
 as that allows. No torch here: ``parallel/shard.py`` cuts tensors.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -69,11 +70,19 @@ def count_tokens(spans: Sequence[Span]) -> int:
     return sum(len(span) for span in spans)
 
 
+def list_cu_seqlens(cu_seqlens: Iterable[Any] | None) -> tuple[int, ...] | None:
+    """Document boundaries as integers; ``ValueError`` for what is no sequence of whole numbers."""
+    try:
+        return None if cu_seqlens is None else tuple(operator.index(bound) for bound in cu_seqlens)
+    except TypeError:
+        raise ValueError(f"cu_seqlens={cu_seqlens} is not allowed: whole numbers, [num_documents + 1]") from None
+
+
 def check_cu_seqlens(cu_seqlens: Iterable[Any] | None, length: int) -> tuple[int, ...] | None:
     """Document boundaries as integers; ``ValueError`` unless they rise from 0 to ``length``."""
-    if cu_seqlens is None:
+    bounds = list_cu_seqlens(cu_seqlens)
+    if bounds is None:
         return None
-    bounds = tuple(int(bound) for bound in cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
         shown = f"[{', '.join(map(str, bounds[:3]))}, ...]" if len(bounds) > 4 else str(list(bounds))
         raise ValueError(f"cu_seqlens={shown} is not allowed: it rises from 0 to the sequence's length, {length}")
@@ -149,23 +158,23 @@ def _spread(documents: Sequence[tuple[int, int]], ranks: Sequence[_Rank]) -> Non
     """The same area on every rank. A document lies on one rank after another from both of its ends inwards, where equal
     widths have as area the width times the length."""
     share = sum(_area(stop - start) for start, stop in documents) / len(ranks)
-    index, room = 0, share  # of the rank; what those before have too much by rounding is taken off
+    rank, room = 0, share  # what ranks before have too much by rounding is taken off
     for start, stop in documents:
         length, low = stop - start, 0
         while low < length - low:
-            is_last = index == len(ranks) - 1
-            if room < SLIVER * share and not is_last:
-                index, room = index + 1, room + share
-                continue
+            is_last = rank == len(ranks) - 1
             half = (length - 2 * low + 1) // 2
             width = min(half, max(0, round(room / length)))
             if is_last or (half - width) * length < SLIVER * share:
                 width = half
+            elif not width or room < SLIVER * share:
+                rank, room = rank + 1, room + share
+                continue
             high = low + width
-            before = ranks[index].room
-            ranks[index].take(start + low, start + high, start)
-            ranks[index].take(max(start + high, stop - high), stop - low, start)
-            room += ranks[index].room - before
+            before = ranks[rank].room
+            ranks[rank].take(start + low, start + high, start)
+            ranks[rank].take(max(start + high, stop - high), stop - low, start)
+            room += ranks[rank].room - before
             low = high
 
 

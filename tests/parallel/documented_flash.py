@@ -1,6 +1,7 @@
 """The GPU flash kernels' documented meaning, straight from the formula in float64, to stand in for them on a CPU.
 
-Masks are aligned to the bottom right corner; a bound of as many keys as there are is none. The backward takes of O only rowsum(dO * O), as the kernels do.
+Masks are aligned to the bottom right corner; a bound of as many keys as there are is none. The backward takes of O only
+rowsum(dO * O), as the kernels do.
 """
 
 import torch
