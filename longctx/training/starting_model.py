@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.loading import build_model, read_transformers_config
+from longctx.models.sharded_model import Sharder
 from longctx.training.config import TrainModelConfig
 from longctx.training.preflight import check_context
 
@@ -18,9 +19,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_starting_model(
-    spec: ModelSpec, config: TrainModelConfig, *, context_length: int, device: torch.device, seed: int
+    spec: ModelSpec,
+    config: TrainModelConfig,
+    *,
+    context_length: int,
+    device: torch.device,
+    seed: int,
+    sharder: Sharder | None = None,
 ) -> PreTrainedModel:
-    """In ``config.dtype`` on ``device``, ready to be trained; the same on every rank.
+    """In ``config.dtype`` on ``device``, ready to be trained; the same on every rank, or cut up by ``sharder``.
 
     Raises:
         CheckpointError: if weights are missing or not those of the configuration.
@@ -34,6 +41,7 @@ def build_starting_model(
         dtype=DTYPES[config.dtype],
         device=device,
         random_weights_seed=seed if config.init == "random" else None,
+        sharder=sharder,
     )
     return model.to(device).train()
 
