@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def check_equal(found: torch.nn.Module, wanted: torch.nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_transformers_loads(tmp_path, family, dtype):
-    rope = {"rope_parameters": ROPE} if family == "llama" else {}
+    rope: dict[str, Any] = {"rope_parameters": ROPE} if family == "llama" else {}
     path = make_checkpoint(tmp_path, family, tokenizer=False, max_shard_size="100KB", **rope)
     check_equal(build(path, recorder := Recorder(), dtype=dtype), build(path, dtype=dtype))
     assert sum(recorder.sizes) == inspect_checkpoint(path).num_parameters
