@@ -45,7 +45,7 @@ class Worker(ABC):
         config: of the deployment.
         node_id: of the machine; workers with equal ones share /dev/shm.
         ranks: the other ranks that share its sequences; this is rank 0.
-        on_lost: called once one of them is lost, with the reason; from any thread.
+        on_lost: called once one of them is lost, or the engine fails, with the reason; from any thread.
     """
 
     role: str
@@ -74,7 +74,7 @@ class Worker(ABC):
         self._is_closed = False
         self.ranks = RankPeers(ranks, config.cluster)
         self._on_lost = on_lost
-        self._lost = ""  # which rank, and why: nothing works any more
+        self._lost = ""  # a rank or the engine, and why: nothing works any more
         self._stats: WorkerStats | None = None
         self._stats_due = 0.0
 
@@ -158,7 +158,10 @@ class Worker(ABC):
 
     @property
     def engine_loop(self) -> EngineLoop:
-        """The engine's thread; ``WorkerLostError`` before ``start`` (Ray restarted the process) and after ``close``."""
+        """The engine's thread; ``WorkerLostError`` before ``start`` (Ray restarted the process), after ``close`` and
+        once the worker is lost.
+        """
+        self._check_open()
         if self._engine_loop is None:
             raise WorkerLostError(f"{self.name} is not running")
         return self._engine_loop
@@ -177,10 +180,10 @@ class Worker(ABC):
         if self._is_closed:
             raise WorkerLostError(f"{self.name} is closed")
         if self._lost:
-            raise WorkerLostError(f"{self.name} has lost a rank: {self._lost}")
+            raise WorkerLostError(f"{self.name} is lost: {self._lost}")
 
     def _lose(self, reason: str) -> None:
-        """A rank of this worker is lost, and with it the worker; from any thread."""
+        """A rank of this worker or its engine is lost, and with it the worker; from any thread."""
         if self._lost or self._is_closed:
             return
         self._lost = reason

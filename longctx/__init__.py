@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longctx.attention.cca import cca_attention
+    from longctx.attention.landmark import landmark_attention
     from longctx.llm import LLM
     from longctx.messages import SamplingParams
     from parallel.attention import sequence_parallel_attention, token_ring_attention
@@ -17,6 +19,8 @@ __all__ = [
     "LLM",
     "SamplingParams",
     "__version__",
+    "cca_attention",
+    "landmark_attention",
     "sequence_parallel_attention",
     "shard_sequence",
     "token_ring_attention",
@@ -24,6 +28,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "cca_attention": "longctx.attention.cca",
+    "landmark_attention": "longctx.attention.landmark",
     "LLM": "longctx.llm",
     "SamplingParams": "longctx.messages",
     "sequence_parallel_attention": "parallel.attention",

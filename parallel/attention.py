@@ -8,10 +8,12 @@ Legend: B batch, S this rank's queries, L this rank's keys, H query heads, K KV 
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from parallel.carrier import Carrier, ExchangeError, drive, open_carrier
 from parallel.exchange import Held, Key
 from parallel.kept_attention import current_kept_attention
-from parallel.layout import LAYOUTS
+from parallel.layout import LAYOUTS, list_cu_seqlens
 from parallel.links import LinkModel
 from parallel.mask import Mask
 from parallel.plan import Plan, Problem, make_problem
@@ -90,16 +92,17 @@ def sequence_parallel_attention(
     if kept is not None and kept.replays:
         out, lse = _Attention.apply(q, k, v, *kept.take())
         return (out, lse.transpose(1, 2)) if return_lse else out
-    bounds, layout_bounds = (None if x is None else tuple(map(int, x)) for x in (cu_seqlens, layout_cu_seqlens))
-    choices = _Choices(
-        plan, causal, bounds, window, layout, layout_bounds, scale, num_nodes, links or LinkModel(), kept is None
-    )
+    if not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s={timeout_s} is not allowed: seconds, above 0")
+    bounds, layout_bounds = _to_bounds(cu_seqlens), _to_bounds(layout_cu_seqlens)
+    links = LinkModel() if links is None else links
+    choices = _Choices(plan, causal, bounds, window, layout, layout_bounds, scale, num_nodes, links, kept is None)
     if trace is not None and q.device.type != "cpu":
         raise ValueError(f"trace with tensors on {q.device.type} is not allowed: it shows what a CPU does")
-    carrier = open_carrier(group, q.device)
-    problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), timeout_s))
-    exchange_plan = make_plan(plan, problem, choices.links, backward=torch.is_grad_enabled(), may_keep=choices.may_keep)
     folder = None if trace is None else Path(trace)
+    carrier = open_carrier(group, q.device)
+    problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), folder, timeout_s))
+    exchange_plan = make_plan(plan, problem, links, backward=torch.is_grad_enabled(), may_keep=choices.may_keep)
     kernel = choose_kernel(q.device, q.dtype, q.shape[3])
     run = _Run(exchange_plan, carrier, kernel, scale or q.shape[-1] ** -0.5, timeout_s, folder)
     out, lse = _Attention.apply(q, k, v, run, None)
@@ -111,6 +114,14 @@ def sequence_parallel_attention(
 def token_ring_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Any:
     """``sequence_parallel_attention`` with ``plan="token_ring"``."""
     return sequence_parallel_attention(q, k, v, plan="token_ring", **arguments)
+
+
+def _to_bounds(cu_seqlens: Any) -> Any:
+    """Integers, so that every rank's are written alike; what is none is left for ``_Choices.check`` to refuse."""
+    try:
+        return list_cu_seqlens(cu_seqlens)
+    except ValueError:
+        return cu_seqlens
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +146,8 @@ class _Choices:
             raise ValueError(f"{shapes}: [batch, seq, heads, head_dim], k and v alike")
         if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
             raise ValueError(f"{shapes}: batch and head_dim are equal, num_heads is a multiple of num_kv_heads")
+        if not q.shape[3]:
+            raise ValueError(f"{shapes}: head_dim is at least 1")
         if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
             raise ValueError(
                 f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not allowed: one floating dtype for all three"
@@ -147,8 +160,14 @@ class _Choices:
             raise ValueError(f"plan {self.plan!r} is unknown; allowed: auto, {', '.join(PLANS)}")
         if self.cu_seqlens is not None and q.shape[0] != 1:
             raise ValueError(f"cu_seqlens with batch {q.shape[0]} is not allowed: packed documents need batch 1")
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"scale={self.scale} is not allowed: above 0")
+        if self.scale is not None and not (isinstance(self.scale, Real) and 0 < self.scale < math.inf):
+            raise ValueError(f"scale={self.scale} is not allowed: a number above 0, or None")
+        if not isinstance(self.links, LinkModel):
+            raise ValueError(
+                f"links={self.links!r} is not allowed: a LinkModel; parallel.links.load_links reads a file"
+            )
+        list_cu_seqlens(self.cu_seqlens)
+        list_cu_seqlens(self.layout_cu_seqlens)
         Mask(self.causal, self.window)
         choose_kernel(q.device, q.dtype, q.shape[3])
 
@@ -182,8 +201,20 @@ class _Choices:
         return problem
 
 
+def _make_folder(folder: Path) -> None:
+    """For a trace; ``ValueError`` if it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"trace={folder} is not allowed, a folder to write to: {error.strerror}") from None
+
+
 def _agree(
-    carrier: Carrier, choices: _Choices, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], timeout_s: float
+    carrier: Carrier,
+    choices: _Choices,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    trace: Path | None,
+    timeout_s: float,
 ) -> list[tuple[int, int, int]]:
     """Every rank's numbers of queries, keys and KV heads, once all have checked their arguments and they are equal."""
     q, k, _ = tensors
@@ -191,6 +222,8 @@ def _agree(
     numbers = [0, 0, 0, 0, 0]
     try:
         choices.check(*tensors)
+        if trace is not None:
+            _make_folder(trace)
         if q.device.type != carrier.device_type:
             raise ValueError(f"q on {q.device.type} is not allowed: the group carries tensors on {carrier.device_type}")
         numbers = [1, choices.digest(q, k), q.shape[1], k.shape[1], k.shape[2]]
@@ -200,9 +233,7 @@ def _agree(
         everyone = carrier.gather_numbers(numbers, timeout_s)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ExchangeError(
-            f"rank {carrier.rank}, before step 0: not every rank came within {timeout_s:g} s: {reason}"
-        ) from error
+        raise ExchangeError(f"rank {carrier.rank}, before step 0: {reason}") from error
     if refusal is not None:
         raise refusal
     for rank, (is_good, digest, *_lengths) in enumerate(everyone):

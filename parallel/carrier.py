@@ -3,7 +3,7 @@
 import datetime
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ CARRIERS = Registry(
         "nccl": "parallel.nccl_carrier:NcclCarrier",
     },
 )
+
+NUMBERS_TAG = 1 << 21  # exchange plans count their tags from 0
 
 
 class ExchangeError(RuntimeError):
@@ -65,9 +67,19 @@ class Carrier(ABC):
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
         """Start messages, all at once; buffers belong to the carrier until their transfer is done."""
 
-    @abstractmethod
     def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
-        """Every rank's integers (the same count everywhere), in rank order."""
+        """Every rank's integers (the same count everywhere), in rank order. Each rank sends to each, so that the one
+        that is missing is known: ``ExchangeError`` names it.
+        """
+        own = torch.tensor(numbers, dtype=torch.int64)
+        everyone = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.world_size)]
+        peers = [rank for rank in range(self.world_size) if rank != self.rank]
+        sent, received = self.post(
+            [Message(own.view(torch.uint8), peer, NUMBERS_TAG) for peer in peers],
+            [Message(everyone[peer].view(torch.uint8), peer, NUMBERS_TAG) for peer in peers],
+        )
+        finish([*received, *sent], self.rank, timeout_s)
+        return [theirs.tolist() for theirs in everyone]
 
     def abandon(self) -> None:  # noqa: B027 - nothing to do for most
         """An exchange ended early: its buffers will be freed while messages may still be under way."""
@@ -83,23 +95,37 @@ class GroupCarrier(Carrier):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
-        received: list[Transfer] = [
-            WorkTransfer(dist.irecv(m.buffer, group=self._group, tag=m.tag, group_src=m.peer), m, "receive from")
-            for m in receives
-        ]
-        sent: list[Transfer] = []
-        for m in sends:
-            work = dist.isend(m.buffer, group=self._group, tag=m.tag, group_dst=m.peer)
-            sent.append(WorkTransfer(work, m, "send to"))
-        return sent, received
+        received = [start(self._receive, m, "receive from", self.rank) for m in receives]
+        return [start(self._send, m, "send to", self.rank) for m in sends], received
 
-    def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
-        own = torch.tensor(numbers, dtype=torch.int64)
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
-        work = dist.all_gather(everyone, own, group=self._group, async_op=True)
-        assert work is not None
-        work.wait(datetime.timedelta(seconds=timeout_s))
-        return [theirs.tolist() for theirs in everyone]
+    def _receive(self, message: Message) -> Any:
+        return dist.irecv(message.buffer, group=self._group, tag=message.tag, group_src=message.peer)
+
+    def _send(self, message: Message) -> Any:
+        return dist.isend(message.buffer, group=self._group, tag=message.tag, group_dst=message.peer)
+
+
+def start(method: Callable[[Message], Any], message: Message, verb: str, rank: int) -> Transfer:
+    """Begin a transfer on ``rank``; ``ExchangeError`` names a peer that is known to be gone."""
+    try:
+        return WorkTransfer(method(message), message, verb)
+    except RuntimeError as error:
+        raise ExchangeError(
+            f"rank {rank} could not {verb} rank {message.peer}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def finish(transfers: Sequence[Transfer], rank: int, timeout_s: float) -> None:
+    """Wait for all on ``rank``, ``timeout_s`` together; ``ExchangeError`` names the peer that is lost or late."""
+    deadline = time.monotonic() + timeout_s
+    for transfer in transfers:
+        try:
+            transfer.wait(max(deadline - time.monotonic(), 0.001))
+        except RuntimeError as error:
+            raise ExchangeError(
+                f"rank {rank} could not {transfer.verb} rank {transfer.peer} within {timeout_s:g} s: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 def open_carrier(group: dist.ProcessGroup | None, device: torch.device) -> Carrier:

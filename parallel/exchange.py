@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.carrier import Carrier, Message, Transfer
+from parallel.carrier import Carrier, ExchangeError, Message, Transfer
 from parallel.merge import merge_partial_
 from parallel.plan import Heads, Move, Plan, Return, Rows, Work, by_step, count_rows
 from parallel.tile_attention import accumulator_dtype
@@ -144,7 +144,10 @@ class Exchange:
             if back.source == self.rank:
                 held = self._sums.pop((back.kind, back.owner, back.heads))
                 sends.append(Message(_pack(held, back.rows), back.owner, self.plan.tags[back]))
-        sent, received = self._carrier.post(sends, receives)
+        try:
+            sent, received = self._carrier.post(sends, receives)
+        except RuntimeError as error:  # a peer is known to be gone
+            raise ExchangeError(f"rank {self.rank}, step {step}: {error}") from error
         self._sent = [wait for wait in self._sent if not wait.transfer.is_done()]
         self._sent += [Wait(transfer, step) for transfer in sent]
         waits = [Wait(transfer, step) for transfer in received]

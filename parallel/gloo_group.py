@@ -5,14 +5,14 @@ carrying an exchange's messages, rank 0 tells all others something (``tell``, ``
 """
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from parallel.carrier import Carrier, ExchangeError, Message, Transfer, WorkTransfer, open_carrier
+from parallel.carrier import Carrier, ExchangeError, Message, Transfer, finish, open_carrier, start
 
 TELL_TAG = 1 << 20  # tags from here on; plans count theirs from 0
 
@@ -66,31 +66,26 @@ class GlooGroup(Carrier):
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Transfer], list[Transfer]]:
         if self._group is None:
             raise ExchangeError(f"rank {self.rank} has left its group")
-        received: list[Transfer] = [self._start(self._group.recv, m, "receive from") for m in receives]
-        sent: list[Transfer] = [self._start(self._group.send, m, "send to") for m in sends]
-        return sent, received
-
-    def gather_numbers(self, numbers: Sequence[int], timeout_s: float) -> list[list[int]]:
-        own = torch.tensor(numbers, dtype=torch.int64)
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
-        work = self._group.allgather([everyone], [own])
-        work.wait(datetime.timedelta(seconds=timeout_s))
-        return [theirs.tolist() for theirs in everyone]
+        received = [start(self._receive, m, "receive from", self.rank) for m in receives]
+        return [start(self._send, m, "send to", self.rank) for m in sends], received
 
     def tell(self, data: bytes) -> None:
         """Rank 0: send ``data`` to every other rank. Raises ``ExchangeError`` if one is lost."""
-        head = torch.tensor([len(data)], dtype=torch.int64).view(torch.uint8)
-        body = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = [torch.tensor([len(data)], dtype=torch.int64).view(torch.uint8)]
+        if data:  # torch makes no tensor of an empty buffer
+            parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         others = range(1, self.world_size)
-        sends = [Message(part, peer, TELL_TAG + index) for peer in others for index, part in enumerate((head, body))]
-        self._finish(self.post(sends, [])[0], self._timeout_s)
+        sends = [Message(part, peer, TELL_TAG + index) for peer in others for index, part in enumerate(parts)]
+        finish(self.post(sends, [])[0], self.rank, self._timeout_s)
 
     def listen(self, timeout_s: float) -> bytes:
         """Another rank: what rank 0 tells next. Raises ``ExchangeError`` if it is lost or silent for ``timeout_s``."""
         head = torch.empty(8, dtype=torch.uint8)
-        self._finish(self.post([], [Message(head, 0, TELL_TAG)])[1], timeout_s)
+        finish(self.post([], [Message(head, 0, TELL_TAG)])[1], self.rank, timeout_s)
         body = torch.empty(int(head.view(torch.int64)), dtype=torch.uint8)
-        self._finish(self.post([], [Message(body, 0, TELL_TAG + 1)])[1], timeout_s)
+        if not len(body):
+            return b""
+        finish(self.post([], [Message(body, 0, TELL_TAG + 1)])[1], self.rank, timeout_s)
         return body.numpy().tobytes()
 
     def gather_rows(self, own: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
@@ -101,11 +96,11 @@ class GlooGroup(Carrier):
         tag = TELL_TAG + 2
         if self.rank:
             if len(own):
-                self._finish(self.post([Message(_bytes_of(own), 0, tag)], [])[0], self._timeout_s)
+                finish(self.post([Message(_bytes_of(own), 0, tag)], [])[0], self.rank, self._timeout_s)
             return []
         parts = [own, *(own.new_empty((count, *own.shape[1:])) for count in counts[1:])]
         waiting = [Message(_bytes_of(part), rank, tag) for rank, part in enumerate(parts) if rank and len(part)]
-        self._finish(self.post([], waiting)[1], self._timeout_s)
+        finish(self.post([], waiting)[1], self.rank, self._timeout_s)
         return parts
 
     def on_device(self, device: torch.device) -> Carrier:
@@ -132,23 +127,11 @@ class GlooGroup(Carrier):
             dist.destroy_process_group()
         self._group = None  # gloo closes the connections with the object
 
-    def _start(self, method: Callable[..., Any], message: Message, verb: str) -> Transfer:
-        try:
-            return WorkTransfer(method([message.buffer], message.peer, message.tag), message, verb)
-        except RuntimeError as error:  # it is gone already
-            raise ExchangeError(
-                f"rank {self.rank} could not {verb} rank {message.peer}: {str(error).splitlines()[0]}"
-            ) from error
+    def _receive(self, message: Message) -> Any:
+        return self._group.recv([message.buffer], message.peer, message.tag)
 
-    def _finish(self, transfers: Sequence[Transfer], timeout_s: float) -> None:
-        for transfer in transfers:
-            try:
-                transfer.wait(timeout_s)
-            except RuntimeError as error:
-                raise ExchangeError(
-                    f"rank {self.rank} could not {transfer.verb} rank {transfer.peer} within {timeout_s:g} s: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
+    def _send(self, message: Message) -> Any:
+        return self._group.send([message.buffer], message.peer, message.tag)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

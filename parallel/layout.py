@@ -120,7 +120,7 @@ def _documents(cu_seqlens: Sequence[int] | None, offset: int, length: int) -> li
 
 
 def _balance(documents: Sequence[tuple[int, int]], world_size: int) -> Layout:
-    """Areas alike on every rank, tokens nearly so, and few pieces of a document.
+    """Areas alike on every rank, of long documents tokens nearly so, and few pieces of a document.
 
     A document is long if its causal area is more than one rank's share. Long ones whose lengths are within a factor
     of two share the ranks: each lies on as many as its part of their area, as a zigzag, and every rank gets the same of

@@ -32,6 +32,9 @@ class LinkModel:
     flops_per_s: float = option(400e12, "floating-point operations of attention a second, of one rank", above=0)
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "topology" and not isinstance(value, int | float):
+                raise ValueError(f"links.{name}={value!r} is not allowed: a number")
         check(self, "links.")
 
     def seconds(self, num_bytes: int, *, between_nodes: bool) -> float:

@@ -8,6 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from numbers import Integral
 
 from parallel.layout import Span
 
@@ -28,8 +29,8 @@ class Mask:
     cu_seqlens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} is not allowed: at least 1, or None")
+        if self.window is not None and not (isinstance(self.window, Integral) and self.window >= 1):
+            raise ValueError(f"window={self.window} is not allowed: a whole number of at least 1, or None")
         if self.window is not None and not self.causal:
             raise ValueError("window with causal=False is not allowed: a window looks back from each query")
 

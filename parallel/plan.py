@@ -125,6 +125,8 @@ def make_problem(
     """
     if num_kv < num_q:
         raise ValueError(f"{num_q} queries and {num_kv} keys over all ranks are not allowed: at least as many keys")
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes={num_nodes} is not allowed: at least 1")
     if heads[0] % heads[1]:
         raise ValueError(f"{heads[0]} query heads and {heads[1]} KV heads are not allowed: a multiple")
     prefix, bounds = num_kv - num_q, check_cu_seqlens(mask.cu_seqlens, num_kv)

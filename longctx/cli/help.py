@@ -11,11 +11,12 @@ from parallel.registry import load
 _KEY_WIDTH = 40
 
 
-def describe_commands() -> str:
-    """The text of ``longctx --help``."""
-    width = max(len(name) for name in COMMANDS) + 2
+def describe_commands(family: str = "") -> str:
+    """The text of ``longctx --help``, or of ``longctx <family> --help``: those whose names begin with that word."""
+    commands = [command for name, command in COMMANDS.items() if name.startswith(f"{family} " if family else "")]
+    width = max(len(command.name) for command in commands) + 2
     lines = ["usage: longctx <command> [--config-dir DIR] [--cfg job] [--traceback] [key=value ...]", "", "commands:"]
-    lines += [f"  {command.name:<{width}}{command.comment}" for command in COMMANDS.values()]
+    lines += [f"  {command.name:<{width}}{command.comment}" for command in commands]
     lines += ["", "longctx <command> --help lists the command's keys; longctx --version prints the version."]
     return "\n".join(lines)
 

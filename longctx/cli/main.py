@@ -9,7 +9,8 @@ import sys
 import traceback
 
 import longctx
-from longctx.cli.command_line import parse
+from longctx.cli.command_line import HELP, parse
+from longctx.cli.commands import COMMANDS
 from longctx.cli.help import describe_commands, describe_keys
 from longctx.cli.sweep import Run, expand_sweep
 from longctx.config import compose
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(describe_commands())
+        return 0
+    if words[1:] and words[1] in HELP and any(name.startswith(f"{words[0]} ") for name in COMMANDS):
+        print(describe_commands(words[0]))
         return 0
     if words[0] == "--version":
         print(f"longctx {longctx.__version__}")

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from longctx.engine.engine import Engine
+from longctx.errors import WorkerLostError
 from longctx.messages import OutputDelta
 from parallel.carrier import ExchangeError
 
@@ -28,8 +29,9 @@ class EngineLoop:
         engine: touched by nobody else from now on, but through ``call``.
         on_deltas: gets each step's deltas on the engine's thread; it must be quick.
         name: of the thread.
-        on_broken: called on the engine's thread, with the reason, once a rank of a sharded engine is lost. The thread
-            then ends: what was in flight is neither computed nor told of.
+        on_broken: called on the engine's thread, with the reason, once the engine is of no more use: a rank of it is
+            lost, or something failed outside a step. Then what was in flight and who called gets an error, and the
+            thread ends.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class EngineLoop:
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._is_closing = False
+        self._broken = ""  # why
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -53,6 +56,8 @@ class EngineLoop:
         """Run ``function`` on the engine's thread before its next step; the future has its result or exception.
 
         Deltas that ``Engine.attach`` returns are the function's result: they do not go to ``on_deltas``.
+
+        Raises ``RuntimeError`` after ``close``; it or the future ``WorkerLostError`` once the engine is broken.
         """
         future: Future[R] = Future()
 
@@ -60,6 +65,7 @@ class EngineLoop:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                self._check()
                 result = function(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 - handed to whoever waits for it
                 future.set_exception(error)
@@ -67,6 +73,7 @@ class EngineLoop:
                 future.set_result(result)
 
         with self._wake:
+            self._check()
             if self._is_closing:
                 raise RuntimeError("the engine loop is closed")
             self._calls.append(run)
@@ -91,23 +98,30 @@ class EngineLoop:
             while self._run_calls():
                 if self.engine.has_work:
                     self._deliver(self._step())
-        except ExchangeError as error:
-            self._break(str(error))
-            return
-        self._deliver(self.engine.fail_all("the engine was stopped", "abort"))
-        self.engine.close()
+            self._deliver(self.engine.fail_all("the engine was stopped", "abort"))
+            self.engine.close()
+        except Exception as error:  # a thread that just ended would leave everybody waiting
+            logger.exception("the engine cannot go on")
+            self._break(str(error) or type(error).__name__)
 
     def _break(self, reason: str) -> None:
         """Nothing is taken any more, and what waits is told so."""
         with self._wake:
-            self._is_closing = True
+            self._is_closing, self._broken = True, reason
             calls = list(self._calls)
             self._calls.clear()
-        self.engine.close()
-        if self._on_broken is not None:
-            self._on_broken(reason)
-        for run in calls:
-            run()
+        try:
+            if self._on_broken is not None:
+                self._on_broken(reason)
+        finally:
+            for run in calls:
+                run()
+            self._deliver(self.engine.fail_all(f"the engine failed: {reason}"))
+            self.engine.close()
+
+    def _check(self) -> None:
+        if self._broken:
+            raise WorkerLostError(f"the engine failed: {self._broken}")
 
     def _run_calls(self) -> bool:
         """Run pending calls, waiting for one while there is nothing to compute; False once the loop is closed."""

@@ -45,14 +45,24 @@ class ShardRunner:
         self._rank, self._pages, self._group, self._rows = rank, pages, group, rows
         self.pool = rank.pool
         self._writer = StepWriter()
-        self._is_broken = False  # a step failed: ranks may be anywhere in it
+        self._is_broken = False  # a step or a message failed: ranks may be anywhere in it
         self._idle_s, self._told_at = timeout_s / SILENCES, time.monotonic()
 
     def run(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
-        """See ``ModelRunner.run``. Raises ``ExchangeError`` if a rank is lost, and from then on."""
+        """See ``ModelRunner.run``. Raises ``ExchangeError`` if a rank, this one too, fails, and from then on."""
         if self._is_broken:
             raise ExchangeError("a rank of this worker was lost")
         self._is_broken = True
+        try:
+            logits = self._run(chunks, on_layer)
+        except ExchangeError:
+            raise
+        except Exception as error:
+            raise ExchangeError(f"rank 0 failed in a step: {str(error) or type(error).__name__}") from error
+        self._is_broken = False
+        return logits
+
+    def _run(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None) -> torch.Tensor:
         segments = [self._decode_segment(row, sequence) for row, sequence in enumerate(self._rows.sequences)]
         segments += [_chunk_segment(chunk) for chunk in chunks]
         step = Step(tuple(segments), tuple(self._pages.take_copies()))
@@ -60,14 +70,15 @@ class ShardRunner:
         own, rows_of = self._rank.compute(step, on_layer)
         parts = self._group.gather_rows(own.cpu().contiguous(), [len(rows) for rows in rows_of])
         hidden = torch.cat(parts).to(own.device)
-        self._is_broken = False
         order = np.argsort(np.concatenate([np.array(rows, dtype=np.int64) for rows in rows_of]))
         return self._rank.decoder.logits(hidden[torch.from_numpy(order).to(own.device)])
 
     def keep_alive(self) -> None:
         """Between steps, now and then: the other ranks hear that rank 0 lives."""
         if not self._is_broken and time.monotonic() - self._told_at > self._idle_s:
+            self._is_broken = True
             self._tell(IDLE)
+            self._is_broken = False
 
     def close(self) -> None:
         """Let the other ranks go."""
@@ -103,7 +114,6 @@ def follow(rank: ShardRank, group: GlooGroup, *, timeout_s: float) -> None:
     while True:
         data = group.listen(timeout_s)
         if data == END:
-            group.close()
             return
         if data == IDLE:
             continue
@@ -125,8 +135,10 @@ def follow_on_thread(
         except Exception as error:  # whatever it is, this rank is of no more use, and somebody is told
             logger.exception("rank %d", rank.rank)
             reason = str(error) or type(error).__name__
+        try:
             group.close()
-        on_end(reason)
+        finally:
+            on_end(reason)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()

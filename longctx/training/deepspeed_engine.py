@@ -298,11 +298,12 @@ def _describe(
 
 def _describe_weights(config: DeepSpeedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Of it, what says where weights, gradients and optimizer states are."""
-    bucket, element_size = parse_size(config.bucket_size), dtype.itemsize
+    element_size = dtype.itemsize
+    bucket = 2 * max(1, parse_size(config.bucket_size) // (2 * element_size))  # DeepSpeed takes even numbers only
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "reduce_bucket_size": max(1, bucket // element_size),
-        "allgather_bucket_size": max(1, bucket // element_size),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         "overlap_comm": dist.get_backend() == "nccl",
         "contiguous_gradients": True,
     }

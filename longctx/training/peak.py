@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 _SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices: large enough that more would be no faster
 _MIN_SECONDS = 0.3  # of repeating: what another program takes is to miss some of the repeats
@@ -38,6 +41,16 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, *, group: dist.
     flops = flops.to(device)
     dist.all_reduce(flops, group=group)
     return float(flops) / dist.get_world_size(group)
+
+
+def warn_of_slow_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Say so if torch multiplies ``dtype`` slowly on ``device``: bfloat16, on a CPU that has float32 only."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    logger.warning(
+        "this CPU has no bfloat16 instructions, and without them torch multiplies slowly: model.dtype=float32 is "
+        "several times faster here"
+    )
 
 
 def read_peak_memory(device: torch.device) -> int:
@@ -99,7 +112,7 @@ def _count_library_bytes() -> int:
 
 def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
     begun = time.perf_counter()
-    a @ b
+    torch.mm(a.T, b)  # on a CPU without bfloat16 instructions torch takes twenty times as long for (a, b)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     return time.perf_counter() - begun

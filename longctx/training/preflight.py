@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from longctx.adapters.folder import choose_adapter
 from longctx.errors import CheckpointError, ConfigError
 from longctx.models.checkpoint import ModelSpec, inspect_checkpoint
 from longctx.models.tensor_files import read_json
-from longctx.training.config import TrainAttentionConfig, TrainConfig, TrainModelConfig
+from longctx.training.config import ParallelConfig, TrainAttentionConfig, TrainConfig, TrainModelConfig
 from longctx.training.data.sources import check_path
+from longctx.training.sinks.wandb import is_wanted
+from parallel.links import LinkModel, load_links
 
 MIN_TOKENS_PER_RANK = 8  # packed documents may leave a rank without a token below a few of them
 CHECKPOINTS = "checkpoints/step-*/state.json"  # in the output folder
@@ -22,10 +25,18 @@ def check_config(config: TrainConfig) -> None:
 
 def check_files(config: TrainConfig) -> None:
     """Raise ``ConfigError`` or ``CheckpointError`` for a model or data that cannot be trained on, as seen from here."""
-    spec = inspect_checkpoint(config.model.path, require_weights=config.model.init == "checkpoint")
+    has_weights = config.model.init == "checkpoint"
+    spec = inspect_checkpoint(config.model.path, require_weights=has_weights)
     check_context(spec, config.model, config.train.context_length)
     _check_attention(spec, config.attention)
+    if has_weights:
+        choose_adapter(config.peft.path, spec)
+    read_links(config.parallel)
+    is_wanted(config.logger)
     check_path(config.data.path, config.data)
+    template = config.data.chat_template
+    if template is not None and not Path(template).is_file():
+        raise ConfigError(f"data.chat_template={template} is not allowed: there is no such file")
     if config.data.eval_path is not None:
         check_path(config.data.eval_path, config.data, option="data.eval_path")
     if config.checkpoint.resume == "must" and not any(Path(config.output).glob(CHECKPOINTS)):
@@ -43,6 +54,16 @@ def check_context(spec: ModelSpec, config: TrainModelConfig, context_length: int
         raise ConfigError(
             f"model.rope_scaling={config.rope_scaling} is not allowed: {spec.name} has {spec.rope_type} scaling; keep"
         )
+
+
+def read_links(config: ParallelConfig) -> LinkModel | None:
+    """The link model of ``links_file``; raises ``ConfigError`` for a file that is none."""
+    if config.links_file is None:
+        return None
+    try:
+        return load_links(Path(config.links_file))
+    except ValueError as error:
+        raise ConfigError(f"parallel.links_file is not allowed: {error}; longctx plan links writes one") from None
 
 
 def check_sf(config: TrainAttentionConfig) -> None:

@@ -21,11 +21,11 @@ from longctx.training.loss_head import LossHead
 from longctx.training.memory_saving import save_memory
 from longctx.training.peak import measure_peak_flops, read_peak_memory
 from longctx.training.place import RankPlace
+from longctx.training.preflight import read_links
 from longctx.training.resume import check_weights, find_checkpoint
 from longctx.training.sequence_parallel import SequenceParallel
 from longctx.training.starting_model import DTYPES, build_starting_model
 from longctx.training.world import TrainingWorld
-from parallel.links import load_links
 
 
 class RunParts:
@@ -133,7 +133,7 @@ class RunParts:
             group=self.world.sp_group,
             layout=parallel.layout,
             plan=parallel.plan,
-            links=load_links(Path(parallel.links_file)) if parallel.links_file else None,
+            links=read_links(parallel),
             timeout_s=parallel.timeout_s,
             attend=ATTENTION.get(config.attention.name)(config.attention),
         )

@@ -7,7 +7,6 @@ only: gloo on a CPU works on the cores that compute.
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from longctx.models.checkpoint import ModelSpec
 from longctx.training.activation_memory import Tokens
@@ -15,7 +14,8 @@ from longctx.training.config import TrainConfig
 from longctx.training.flops import count_linear_weights, count_training_flops
 from longctx.training.memory_plan import ELEMENT_SIZES
 from longctx.training.model_sizes import count_sizes
-from parallel.links import LinkModel, load_links
+from longctx.training.preflight import read_links
+from parallel.links import LinkModel
 from parallel.mask import Mask
 from parallel.plan import Plan, make_problem
 from parallel.planner import make_plan
@@ -58,9 +58,8 @@ class TimePlan:
 
 def choose_links(config: TrainConfig, links: LinkModel, peak_flops: float) -> LinkModel:
     """What ``parallel.links_file`` says, else ``links`` with attention at its share of the peak."""
-    if config.parallel.links_file is not None:
-        return load_links(Path(config.parallel.links_file))
-    return replace(links, flops_per_s=ATTENTION_SHARE * peak_flops)
+    given = read_links(config.parallel)
+    return given or replace(links, flops_per_s=ATTENTION_SHARE * peak_flops)
 
 
 def plan_attention(

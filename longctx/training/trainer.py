@@ -28,10 +28,12 @@ from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
 from longctx.training.export import export_adapter, export_model
 from longctx.training.output_lock import WRITER_NAME, lock_output
+from longctx.training.peak import warn_of_slow_products
 from longctx.training.place import RankPlace
 from longctx.training.record import StepRecord
 from longctx.training.run_parts import RunParts
 from longctx.training.schedule import learning_rate
+from longctx.training.starting_model import DTYPES
 from longctx.training.step_log import open_step_log
 from longctx.training.step_trace import trace_step
 from longctx.training.stop import is_stop_requested
@@ -91,6 +93,8 @@ class TrainingRun:
     def train(self) -> dict[str, Any]:
         """Every step that is left."""
         config = self._config
+        if self._world.rank == 0:
+            warn_of_slow_products(self._parts.device, DTYPES[config.model.dtype])
         log = open_step_log(
             config.logger,
             self._output,

@@ -125,3 +125,23 @@ def test_a_lost_prefill_rank_costs_time_not_the_answer(folder, rank):
     assert answers == expected
     assert health.ready
     assert "prefill-0" in health.reason
+
+
+def test_a_worker_whose_engine_thread_failed_is_lost(folder, caplog):
+    config = make_config(folder)
+    requests = make_requests()
+    expected = generate_alone(config, requests)
+
+    async def serve():
+        async with start_cluster(config) as cluster:
+            cluster.workers["prefill-0"].engine.keep_alive = lambda: 1 / 0
+            await wait_until(lambda: "the engine cannot go on" in caplog.text)
+            answers = await asyncio.gather(*(cluster.answer(request) for request in requests))
+            health = await cluster.router.health()
+            cluster.workers.pop("prefill-0")
+            return answers, health
+
+    answers, health = asyncio.run(serve())
+    assert answers == expected
+    assert "prefill-0: prefill-0 is lost: division by zero" in health.reason
+    assert "ZeroDivisionError" in caplog.text

@@ -65,6 +65,7 @@ def probe(*arguments):
         (("serve", "--cfg", "job"), 0, ["num_prefill_workers: 1  # actors"]),
         (("serve", "model.adapter=/absent"), 2, ["/absent: no such folder", "adapter_config.json"]),
         (("generate", "generate.prompt=a", "model.adapter=longctx/models/demo"), 2, ["it is a model (config.json)"]),
+        (("plan", "--help"), 0, ["plan train", "plan links", "key=value"]),
         (("plan",), 2, ["'plan' is unknown", "allowed: plan train, plan serve, plan attention"]),
         (("plan", "atention"), 2, ["'plan atention' is unknown", "did you mean plan attention?"]),
         (("plan", "train", "--help"), 0, ["machine.memory", "deepspeed.zero_stage", "experiment=NAME"]),

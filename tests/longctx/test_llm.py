@@ -9,8 +9,9 @@ import torch
 from longctx import LLM, SamplingParams
 from longctx.engine.config import EngineConfig
 from longctx.engine.loop import EngineLoop
-from longctx.errors import CheckpointError, ConfigError, RequestError
+from longctx.errors import CheckpointError, ConfigError, RequestError, WorkerLostError
 from longctx.models.config import ModelConfig
+from parallel.carrier import ExchangeError
 from tests.longctx.engines import GREEDY, make_engine, make_request
 from tests.longctx.greedy import generate_reference
 from tests.tiny_checkpoints import make_checkpoint
@@ -245,3 +246,39 @@ def test_closing_the_loop_ends_what_is_in_flight(folder, recorder):
     with pytest.raises(RuntimeError, match="closed"):
         loop.call(loop.engine.stats)
     assert loop.engine.stats().num_pages_used == 0
+
+
+def test_a_lost_rank_is_told_to_all_who_wait(folder, recorder, monkeypatch):
+    engine, reasons = make_engine(folder), []
+    in_step, may_fail = threading.Event(), threading.Event()
+
+    def step():
+        in_step.set()
+        may_fail.wait(TIMEOUT_S)
+        raise ExchangeError("rank 1 is gone")
+
+    monkeypatch.setattr(engine, "step", step)
+    loop = EngineLoop(engine, recorder, on_broken=reasons.append)
+    submit(loop, recorder, make_request("a", [1, 2, 3]))
+    assert in_step.wait(TIMEOUT_S)
+    call = loop.call(engine.stats)
+    may_fail.set()
+    delta = recorder.ended["a"].result(TIMEOUT_S)
+    assert (delta.finish_reason, delta.error) == ("error", "the engine failed: rank 1 is gone")
+    with pytest.raises(WorkerLostError, match="the engine failed: rank 1 is gone"):
+        call.result(TIMEOUT_S)
+    with pytest.raises(WorkerLostError, match="the engine failed: rank 1 is gone"):
+        loop.call(engine.stats)
+    assert reasons == ["rank 1 is gone"]
+    loop.close(TIMEOUT_S)
+
+
+def test_a_loop_that_fails_between_steps_says_why(folder, recorder, monkeypatch, caplog):
+    engine, reason = make_engine(folder), Future()
+    monkeypatch.setattr(engine, "keep_alive", lambda: 1 / 0)
+    loop = EngineLoop(engine, recorder, on_broken=reason.set_result)
+    assert reason.result(TIMEOUT_S) == "division by zero"
+    loop.close(TIMEOUT_S)
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(WorkerLostError, match="division by zero"):
+        loop.call(engine.stats)

@@ -1,13 +1,24 @@
 """An engine over several ranks says what an engine on one rank says, token for token in float32."""
 
 import random
+import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
+from longctx.engine.build import ShardGroup, build_engine, build_rank
+from longctx.engine.config import EngineConfig
+from longctx.engine.loop import EngineLoop
 from longctx.messages import SamplingParams
+from longctx.models.config import ModelConfig
+from longctx.shards.plans import PlanChoice
+from longctx.shards.runner import follow
 from parallel.carrier import ExchangeError
+from parallel.gloo_group import GlooGroup, open_meeting
 from tests.longctx.engines import GREEDY, generate, make_engine, make_request
-from tests.longctx.sharded_engine import sharded_engine
+from tests.longctx.sharded_engine import LOOPBACK, TIMEOUT_S, sharded_engine
+from tests.parallel.gloo_ranks import run_ranks
 from tests.tiny_checkpoints import make_checkpoint
 
 PLANS = (
@@ -120,3 +131,51 @@ def test_a_lost_rank_fails_the_step_and_every_later_one(llama):
                 engine.step()
         deltas = engine.fail_all("a rank was lost")
         assert {delta.finish_reason for delta in deltas} == {"error"}
+
+
+def test_a_failure_of_rank_0_breaks_the_engine(llama, monkeypatch):
+    with sharded_engine(llama, 2, page_size=16, ends_well=False) as engine:
+        engine.add(make_request("r", [1, 2, 3]))
+        monkeypatch.setattr(engine.decoder, "hidden", lambda batch: 1 / 0)
+        with pytest.raises(ExchangeError, match="rank 0 failed in a step: division by zero"):
+            engine.step()
+
+
+SILENCE_S = 4.0  # after which rank 0 counts as lost
+
+
+def live_idle(rank, world_size, folder, checkpoint):
+    """Rank 0 has nothing to do for longer than that, then answers; the others follow it to its end."""
+    file = Path(folder) / "port"
+    if rank == 0:
+        place = open_meeting(LOOPBACK, timeout_s=TIMEOUT_S)
+        file.with_suffix(".new").write_text(str(place.port))
+        file.with_suffix(".new").rename(file)
+    else:
+        while not file.exists():
+            time.sleep(0.01)
+        place = (LOOPBACK, int(file.read_text()))
+    group = GlooGroup(rank, world_size, meeting=place, address=LOOPBACK, timeout_s=TIMEOUT_S)
+    shards = ShardGroup(group, "here", PlanChoice("auto"), SILENCE_S)
+    model = ModelConfig(path=str(checkpoint), device="cpu")
+    config = EngineConfig(num_threads=1, max_sequences=16, kv_bytes="4MiB", page_size=16)
+    if rank:
+        return follow(build_rank(model, config, shards), group, timeout_s=SILENCE_S)
+    token_ids, ended = [], Future()
+
+    def take(deltas):
+        token_ids.extend(token_id for delta in deltas for token_id in delta.token_ids)
+        if deltas[-1].finish_reason:
+            ended.set_result(deltas[-1].finish_reason)
+
+    loop = EngineLoop(build_engine(model, config, shards=shards), take)
+    time.sleep(1.5 * SILENCE_S)
+    loop.call(loop.engine.add, make_request("r", list(range(1, 60))))
+    assert ended.result(TIMEOUT_S) == "length"
+    loop.close()
+    return token_ids
+
+
+def test_idle_ranks_hear_that_rank_0_lives(llama):
+    told, _ = run_ranks(live_idle, 2, llama)
+    assert told == generate(make_engine(llama, page_size=16), [make_request("r", list(range(1, 60)))])["r", 0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from parallel.carrier import Carrier, ExchangeError
 from parallel.plans import PLANS
 from tests.parallel.cells import CELLS, Cell, relative_error
 from tests.parallel.dense_reference import dense_attention
@@ -86,3 +87,22 @@ def test_bfloat16_is_as_good_as_one_kernel(plan):
         result = run_virtual_ranks(inputs, cell.mask, plan, world_size=world_size, layout="zigzag")
         for ours, theirs, exact in zip((result.out, *result.gradients), unsharded, expected, strict=True):
             assert relative_error(ours.bfloat16(), exact) <= 1.1 * relative_error(theirs, exact)
+
+
+def test_a_peer_that_is_gone_when_a_message_is_posted_is_named_with_the_step():
+    cell = Cell("causal", "gqa", "even")
+
+    def watch(carrier: Carrier) -> Carrier:
+        posted, post = [], carrier.post
+
+        def fail_in_step_1(sends, receives):
+            posted.append(1)
+            if carrier.rank == 1 and len(posted) == 2:
+                raise ExchangeError("rank 1 could not send to rank 2: it is gone")
+            return post(sends, receives)
+
+        carrier.post = fail_in_step_1
+        return carrier
+
+    with pytest.raises(ExchangeError, match="rank 1, step 1: rank 1 could not send to rank 2: it is gone"):
+        run_virtual_ranks(cell.make_inputs(), cell.mask, "kv_ring", world_size=3, layout="zigzag", watch=watch)

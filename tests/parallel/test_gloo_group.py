@@ -49,13 +49,13 @@ def test_rank_0_tells_and_the_others_hear_it_in_order():
 
     def talk(group):
         if group.rank == 0:
-            for text in (b"one", b"a longer second one", b"x" * 100_000):
+            for text in (b"one", b"", b"a longer second one", b"x" * 100_000):
                 group.tell(text)
             return None
-        return [group.listen(5.0) for _ in range(3)]
+        return [group.listen(5.0) for _ in range(4)]
 
     _, *heard = on_all(ranks, talk)
-    assert heard == [[b"one", b"a longer second one", b"x" * 100_000]] * 2
+    assert heard == [[b"one", b"", b"a longer second one", b"x" * 100_000]] * 2
 
 
 def test_rows_are_gathered_in_rank_order_also_none():
@@ -79,6 +79,21 @@ def test_two_groups_live_in_one_process_and_a_lost_rank_is_named():
         first[0].tell(b"x" * 16_000_000)  # more than the system takes for a peer that is gone
     heard = on_all(second, lambda group: group.tell(b"still here") if group.rank == 0 else group.listen(5.0))
     assert heard[1] == b"still here"
+
+
+def test_numbers_that_do_not_come_name_their_rank():
+    ranks = make_group(3)
+
+    def gather(group):
+        if group.rank == 2:
+            return ""
+        with pytest.raises(ExchangeError) as caught:
+            group.gather_numbers([group.rank], 1.0)
+        return str(caught.value)
+
+    texts = on_all(ranks, gather)
+    for rank in (0, 1):
+        assert f"rank {rank} could not receive from rank 2 within 1 s" in texts[rank]
 
 
 def test_silence_is_an_error_in_time():

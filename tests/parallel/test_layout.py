@@ -64,6 +64,19 @@ def test_balanced_keeps_short_documents_whole():
     ]
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 5, 64])
+def test_balanced_holds_every_token_once_whatever_the_documents(world_size):
+    """Empty ones, of one token, fewer tokens than ranks, and cut where a cached prefix ends."""
+    rng = random.Random(world_size)
+    for _ in range(200):
+        lengths = [rng.choice([0, 1, rng.randrange(60)]) for _ in range(rng.randrange(1, 12))]
+        cu_seqlens = (0, *accumulate(lengths))
+        offset = rng.choice([0, cu_seqlens[-1] // 3])
+        layout = make_layout("balanced", cu_seqlens[-1] - offset, world_size, cu_seqlens=cu_seqlens, offset=offset)
+        held = [token_idx for spans in layout for token_idx in token_positions(spans).tolist()]
+        assert sorted(held) == list(range(offset, cu_seqlens[-1]))
+
+
 def test_mistakes_are_named():
     x = torch.zeros(1, 10)
     with pytest.raises(ValueError, match="allowed: contiguous, zigzag, striped, balanced"):

@@ -64,7 +64,7 @@ def add_tile(covered: torch.Tensor, tile) -> None:
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="window=0 is not allowed: at least 1"):
+    with pytest.raises(ValueError, match="window=0 is not allowed: a whole number of at least 1"):
         Mask(window=0)
     with pytest.raises(ValueError, match="a window looks back"):
         Mask(causal=False, window=4)

@@ -186,6 +186,9 @@ def test_links_are_saved_and_read(tmp_path):
         load_links(path)
     with pytest.raises(ValueError, match="topology='ring' is not allowed: one of switch, mesh"):
         LinkModel("ring")
+    path.write_text('{"bytes_per_s": "fast"}')
+    with pytest.raises(ValueError, match="bytes_per_s='fast' is not allowed: a number"):
+        load_links(path)
 
 
 def test_uneven_nodes_are_refused():

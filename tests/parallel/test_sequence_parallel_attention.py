@@ -78,6 +78,20 @@ def test_every_plan_is_exact_on_real_ranks(world_size):
     assert len(run_ranks(check_cells, world_size, cells, list(PLANS))) == world_size
 
 
+BAD = {
+    "a fraction of a window": ({"window": 1.5}, "window=1.5 is not allowed: a whole number"),
+    "fractions of tokens": ({"cu_seqlens": torch.tensor([0, 20.7, 48])}, "is not allowed: whole numbers"),
+    "one number": ({"cu_seqlens": 48}, "cu_seqlens=48 is not allowed: whole numbers"),
+    "rows of boundaries": ({"cu_seqlens": torch.tensor([[0, 48]])}, "is not allowed: whole numbers"),
+    "infinite scale": ({"scale": float("inf")}, "scale=inf is not allowed: a number above 0"),
+    "a word for a scale": ({"scale": "big"}, "scale=big is not allowed: a number above 0"),
+    "no nodes": ({"num_nodes": 0}, "num_nodes=0 is not allowed: at least 1"),
+    "no time": ({"timeout_s": 0}, "timeout_s=0 is not allowed: seconds, above 0"),
+    "a file of links": ({"links": "links.json"}, "a LinkModel; parallel.links.load_links reads a file"),
+    "trace into a file": ({"trace": __file__}, "is not allowed, a folder to write to: File exists"),
+}
+
+
 def call_with_mistakes(rank, world_size, _folder):
     cell = Cell("causal", "gqa", "even")
     q, k, v, _ = cell.make_inputs()
@@ -88,6 +102,11 @@ def call_with_mistakes(rank, world_size, _folder):
         "layout": lambda: longctx.sequence_parallel_attention(*good, group=None, layout="zig"),
         "window": lambda: longctx.sequence_parallel_attention(*good, group=None, causal=False, window=4),
         "heads": lambda: longctx.sequence_parallel_attention(good[0][:, :, :5], *good[1:], group=None),
+        **{
+            name: lambda arguments=arguments: longctx.sequence_parallel_attention(*good, group=None, **arguments)
+            for name, (arguments, _) in BAD.items()
+        },
+        "no head dim": lambda: longctx.sequence_parallel_attention(*(x[..., :0] for x in good), group=None),
         "one rank alone": lambda: longctx.sequence_parallel_attention(
             good[0].half() if rank else good[0], *good[1:], group=None
         ),
@@ -117,7 +136,10 @@ def test_mistakes_are_named_on_every_rank():
     assert "one floating dtype for all three" in second["one rank alone"]
     assert "rank 1 was called with other arguments than rank 0" in first["other plans"]
     assert "the ranks hold [24, 22] queries; zigzag over 46 tokens" in first["lengths"]
-    for name in ("plan", "layout", "window", "heads", "lengths"):
+    assert "head_dim is at least 1" in first["no head dim"]
+    for name, (_, text) in BAD.items():
+        assert text in first[name]
+    for name in ("plan", "layout", "window", "heads", "lengths", "no head dim", *BAD):
         assert first[name] == second[name]
 
 

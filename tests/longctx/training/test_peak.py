@@ -6,13 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from longctx.training.peak import measure_peak_flops, read_peak_memory
+from longctx.training.peak import measure_peak_flops, read_peak_memory, warn_of_slow_products
 
 CPU = torch.device("cpu")
 
 
 def test_the_peak_is_that_of_a_processor():
     assert 1e8 < measure_peak_flops(CPU, torch.float32) < 1e15
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_slow_products_are_told(monkeypatch, caplog, has_bf16):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    warn_of_slow_products(CPU, torch.float32)
+    warn_of_slow_products(torch.device("cuda"), torch.bfloat16)
+    assert not caplog.messages
+    warn_of_slow_products(CPU, torch.bfloat16)
+    assert ["model.dtype=float32" in message for message in caplog.messages] == [True] * (not has_bf16)
 
 
 def test_memory_that_was_held_counts():

@@ -60,6 +60,9 @@ def test_models_and_data(tmp_path):
         ([f"data.path={tmp_path}/none"], r"data\.path=.*none does not exist"),
         ([f"data.path={empty}"], r"empty\.jsonl is empty: 1 files without a byte"),
         ([f"data.eval_path={empty}"], r"data\.eval_path=.*empty\.jsonl is empty"),
+        ([f"peft.path={tmp_path}/none"], "none: no such folder; an adapter is"),
+        ([f"data.chat_template={tmp_path}/none"], r"data\.chat_template=.*none is not allowed: there is no such file"),
+        ([f"parallel.links_file={tmp_path}/none"], r"parallel\.links_file is not allowed: .*none cannot be read"),
         (["checkpoint.resume=must"], "there is no checkpoint, and checkpoint.resume is must"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=words):

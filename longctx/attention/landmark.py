@@ -1,0 +1,273 @@
+"""Landmark attention as it is trained: a softmax over landmarks that gates a softmax inside each block.
+
+Mohtashami and Jaggi, 2023 (arXiv 2305.16300), section 3.1. A block is normal tokens and one landmark token behind them.
+A query attends, in one softmax, to the normal tokens of its own block up to itself and to the landmarks of earlier
+blocks; a landmark's weight is shared out among its block's normal tokens by a softmax of their own. Landmarks carry no
+value, and inside its own block a landmark is seen by nobody.
+
+With the log-sum-exp of a block's scores, that is one softmax over changed scores: s_ij - lse_im + l_im for token j of
+an earlier block m with landmark score l_im. Forward and backward work on a tile of queries at a time; the backward
+needs of the forward no more than each query's log-sum-exp, and all else is a tile's own.
+
+Legend: B batch, S tokens, H query heads, K KV heads, G = H / K, D head dim, M blocks, P tokens of a padded block, its
+landmark last; R queries of a tile.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+TILE_SCORES = 1 << 24  # scores that exist at one time, of the torch implementation
+
+
+def landmark_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    is_landmark: torch.Tensor,
+    scale: float | None = None,
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal landmark attention over whole sequences, differentiable in q, k and v.
+
+    Args:
+        q: ``[batch, seq, num_heads, head_dim]``, rotated already.
+        k, v: ``[batch, seq, num_kv_heads, head_dim]``; num_heads is a multiple of num_kv_heads.
+        is_landmark: ``[batch, seq]`` bool: the last token of each block. Tokens behind the last are a block without.
+        scale: of the scores; None is ``head_dim ** -0.5``.
+        cu_seqlens: ``[num_documents + 1]`` boundaries of packed documents, for batch 1; nothing is seen across them,
+            and blocks end at them.
+
+    Returns:
+        ``[batch, seq, num_heads, head_dim]`` in q's dtype. A landmark's own row is a query like any other.
+
+    Raises:
+        ValueError: for shapes, dtypes or boundaries that do not go together, or a block without a normal token.
+    """
+    check_tensors(q, k, v)
+    if is_landmark.shape != q.shape[:2] or is_landmark.dtype != torch.bool:
+        raise ValueError(
+            f"is_landmark of shape {tuple(is_landmark.shape)} and dtype {is_landmark.dtype} is not allowed: "
+            f"bool {tuple(q.shape[:2])}"
+        )
+    if not q.numel():
+        return torch.empty_like(q)
+    bounds = document_bounds(cu_seqlens, q)
+    blocks = [find_blocks(row, bounds) for row in is_landmark.cpu()]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    attend = _choose(q)
+    return torch.cat(
+        [attend(q[row : row + 1], k[row : row + 1], v[row : row + 1], blocks[row], scale) for row in range(len(q))]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where the tokens of one sequence lie in blocks; int64, on the CPU."""
+
+    size: int  # P
+    rows_MP: torch.Tensor  # token of each slot; its landmark in the last, 0 where there is none
+    lengths_M: torch.Tensor  # normal tokens
+    block_S: torch.Tensor  # of each token
+    seen_S: torch.Tensor  # normal tokens of its own block that each token sees
+    first_S: torch.Tensor  # first block of each token's document
+
+    @property
+    def starts_M(self) -> torch.Tensor:
+        """First token of each block."""
+        return self.rows_MP[:, 0]
+
+
+def find_blocks(is_landmark_S: torch.Tensor, bounds: Sequence[int]) -> Blocks:
+    """Blocks of one sequence.
+
+    Args:
+        is_landmark_S: ``[seq]`` bool.
+        bounds: of its documents, from 0 to seq.
+
+    Raises:
+        ValueError: if a block has no normal token.
+    """
+    num = len(is_landmark_S)
+    is_last = is_landmark_S.clone()
+    is_last[torch.tensor([stop - 1 for start, stop in pairwise(bounds) if start < stop], dtype=torch.int64)] = True
+    stops = is_last.nonzero()[:, 0] + 1
+    starts = torch.cat([stops.new_zeros(1), stops[:-1]])
+    has_landmark = is_landmark_S[stops - 1]
+    lengths = stops - starts - has_landmark.long()
+    if not bool((lengths > 0).all()):
+        at = int(starts[(lengths == 0).nonzero()[0, 0]])
+        raise ValueError(f"is_landmark is not allowed: the block at token {at} has no token but its landmark")
+    size = max(16, 1 << int(lengths.max()).bit_length())  # a power of two above the longest: the landmark has a slot
+    slots = torch.arange(size)
+    rows = torch.where(slots < lengths[:, None], starts[:, None] + slots, 0)
+    rows[:, -1] = torch.where(has_landmark, stops - 1, 0)
+    block = torch.repeat_interleave(torch.arange(len(stops)), stops - starts)
+    tokens = torch.arange(num)
+    seen = torch.minimum(tokens - starts[block] + 1, lengths[block])
+    document_starts = torch.tensor([start for start, stop in pairwise(bounds) if start < stop], dtype=torch.int64)
+    document = torch.searchsorted(document_starts, tokens, right=True) - 1
+    first = block[document_starts][document]
+    return Blocks(size, rows, lengths, block, seen, first)
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless q, k and v are those of one attention."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not allowed"
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2]:
+        raise ValueError(f"{shapes}: [batch, seq, heads, head_dim], k and v alike, seq equal")
+    if q.shape[3] != k.shape[3] or not q.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{shapes}: head_dim is equal, num_heads is a multiple of num_kv_heads")
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(
+            f"q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device} are not allowed: "
+            "one floating dtype, one device"
+        )
+
+
+def document_bounds(cu_seqlens: Sequence[int] | torch.Tensor | None, q: torch.Tensor) -> tuple[int, ...]:
+    """Boundaries of the documents of each row of a batch. Raises ``ValueError`` if they are not those of ``q``."""
+    from parallel.layout import check_cu_seqlens
+
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens with batch {q.shape[0]} is not allowed: packed documents need batch 1")
+    return check_cu_seqlens(cu_seqlens, q.shape[1]) or (0, q.shape[1])
+
+
+def _choose(q: torch.Tensor) -> Any:
+    """Triton on a GPU that it computes for, else torch."""
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        from longctx.attention.triton_landmark import attend_with_triton
+
+        return attend_with_triton
+    return attend_with_torch
+
+
+def attend_with_torch(
+    q_1SHD: torch.Tensor, k_1SKD: torch.Tensor, v_1SKD: torch.Tensor, blocks: Blocks, scale: float
+) -> torch.Tensor:
+    """One sequence anywhere, in float32 (float64 for float64)."""
+    return _TorchLandmark.apply(q_1SHD[0], k_1SKD[0], v_1SKD[0], blocks, scale)[None]
+
+
+class _TorchLandmark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_SHD: Any, k_SKD: Any, v_SKD: Any, blocks: Blocks, scale: float) -> torch.Tensor:
+        work = _TorchWork(q_SHD, k_SKD, v_SKD, blocks, scale)
+        out_SHD, lse_KGS = work.forward()
+        ctx.save_for_backward(q_SHD, k_SKD, v_SKD, out_SHD, lse_KGS)
+        ctx.rest = blocks, scale
+        return out_SHD.to(q_SHD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (dout_SHD,) = gradients
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = _TorchWork(q, k, v, *ctx.rest).backward(dout_SHD, out, lse)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+class _TorchWork:
+    """One sequence, a tile of queries after another, every KV head in one product."""
+
+    def __init__(self, q_SHD: Any, k_SKD: Any, v_SKD: Any, blocks: Blocks, scale: float) -> None:
+        self._dtype = torch.float64 if q_SHD.dtype == torch.float64 else torch.float32
+        self._device, self._blocks, self._scale = q_SHD.device, blocks, scale
+        self._num, self._num_kv_heads = k_SKD.shape[:2]
+        self._q_KGSD = self._group(q_SHD)
+        rows = blocks.rows_MP.to(self._device)
+        self._k_KMPD, self._v_KMPD = (x.to(self._dtype)[rows].permute(2, 0, 1, 3) for x in (k_SKD, v_SKD))
+        self._block_S, self._seen_S, self._first_S = (
+            x.to(self._device) for x in (blocks.block_S, blocks.seen_S, blocks.first_S)
+        )
+        slots = torch.arange(blocks.size, device=self._device)
+        self._is_normal_MP = slots < blocks.lengths_M.to(self._device)[:, None]
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[S, H, D]`` and log-sum-exp ``[K, G, S]``."""
+        out_KGSD = torch.empty_like(self._q_KGSD)
+        lse_KGS = self._q_KGSD.new_empty(self._q_KGSD.shape[:3])
+        for rows, blocks in self._tiles():
+            tile = self._score(rows, blocks)
+            changed_KGRMP = tile.changed
+            lse_KGS[:, :, rows] = changed_KGRMP.flatten(3).logsumexp(-1)
+            weights = torch.exp(changed_KGRMP - lse_KGS[:, :, rows, None, None]).flatten(3).flatten(1, 2)
+            out = weights @ self._v_KMPD[:, blocks].flatten(1, 2)
+            out_KGSD[:, :, rows] = out.unflatten(1, (-1, rows.stop - rows.start))
+        return self._ungroup(out_KGSD), lse_KGS
+
+    def backward(self, dout_SHD: Any, out_SHD: Any, lse_KGS: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dq ``[S, H, D]``, dk and dv ``[S, K, D]``."""
+        dout_KGSD = self._group(dout_SHD)
+        delta_KGS = (dout_KGSD * self._group(out_SHD)).sum(-1)
+        dq_KGSD = torch.empty_like(self._q_KGSD)
+        dk_KMPD, dv_KMPD = torch.zeros_like(self._k_KMPD), torch.zeros_like(self._v_KMPD)
+        for rows, blocks in self._tiles():
+            tile, num_rows = self._score(rows, blocks), rows.stop - rows.start
+            p_KGRMP = torch.exp(tile.changed - lse_KGS[:, :, rows, None, None])
+            dout, q = (x[:, :, rows].flatten(1, 2) for x in (dout_KGSD, self._q_KGSD))
+            k, v = (x[:, blocks].flatten(1, 2) for x in (self._k_KMPD, self._v_KMPD))
+            shape = (-1, num_rows), (-1, self._blocks.size)
+            dp_KGRMP = (dout @ v.mT).unflatten(1, shape[0]).unflatten(3, shape[1])
+            # of the changed scores; a block's own softmax takes off what all its tokens have in common
+            dscores = p_KGRMP * (dp_KGRMP - delta_KGS[:, :, rows, None, None])
+            in_block = dscores.sum(-1)
+            dscores = dscores - torch.where(tile.is_earlier, tile.inner * in_block[..., None], 0)
+            dscores[..., -1] = torch.where(tile.is_earlier[..., 0], in_block, 0)
+            dscores = dscores.flatten(3).flatten(1, 2) * self._scale
+            dq_KGSD[:, :, rows] = (dscores @ k).unflatten(1, shape[0])
+            dk_KMPD[:, blocks] += (dscores.mT @ q).unflatten(1, shape[1])
+            dv_KMPD[:, blocks] += (p_KGRMP.flatten(3).flatten(1, 2).mT @ dout).unflatten(1, shape[1])
+        return self._ungroup(dq_KGSD), self._scatter(dk_KMPD, has_landmarks=True), self._scatter(dv_KMPD)
+
+    def _tiles(self) -> Any:
+        """Rows, and the blocks that some of them see."""
+        num_heads = self._q_KGSD.shape[0] * self._q_KGSD.shape[1]
+        width = len(self._is_normal_MP) * self._blocks.size * num_heads
+        num_rows = max(1, min(self._num, TILE_SCORES // width))
+        for start in range(0, self._num, num_rows):
+            stop = min(start + num_rows, self._num)
+            yield slice(start, stop), slice(int(self._first_S[start]), int(self._block_S[stop - 1]) + 1)
+
+    def _score(self, rows: slice, blocks: slice) -> "_Tile":
+        q = self._q_KGSD[:, :, rows].flatten(1, 2)
+        scores = (q @ self._k_KMPD[:, blocks].flatten(1, 2).mT) * self._scale
+        scores_KGRMP = scores.unflatten(1, (-1, rows.stop - rows.start)).unflatten(3, (-1, self._blocks.size))
+        index_M = torch.arange(blocks.start, blocks.stop, device=self._device)
+        own, first, seen = (x[rows, None] for x in (self._block_S, self._first_S, self._seen_S))
+        is_earlier_RM1 = ((index_M < own) & (index_M >= first))[..., None]
+        slots = torch.arange(self._blocks.size, device=self._device)
+        is_seen_RMP = (index_M == own)[..., None] & (slots < seen[..., None])
+        inner = scores_KGRMP.masked_fill(~self._is_normal_MP[blocks], float("-inf"))
+        inner_lse = inner.logsumexp(-1, keepdim=True)
+        inner = inner - inner_lse
+        hidden = torch.where(is_seen_RMP, scores_KGRMP, float("-inf"))
+        changed = torch.where(is_earlier_RM1, inner + scores_KGRMP[..., -1:], hidden)
+        return _Tile(changed, torch.exp(inner), is_earlier_RM1)
+
+    def _group(self, x_SHD: torch.Tensor) -> torch.Tensor:
+        return x_SHD.to(self._dtype).unflatten(1, (self._num_kv_heads, -1)).permute(1, 2, 0, 3).contiguous()
+
+    def _ungroup(self, x_KGSD: torch.Tensor) -> torch.Tensor:
+        return x_KGSD.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _scatter(self, x_KMPD: torch.Tensor, *, has_landmarks: bool = False) -> torch.Tensor:
+        """Gradients of slots to those of tokens ``[S, K, D]``; empty slots are left out."""
+        is_used = self._is_normal_MP.clone()
+        rows = self._blocks.rows_MP.to(self._device)
+        is_used[:, -1] = (rows[:, -1] > 0) & has_landmarks
+        out_SKD = x_KMPD.new_zeros(self._num, self._num_kv_heads, x_KMPD.shape[-1])
+        return out_SKD.index_copy_(0, rows[is_used], x_KMPD.permute(1, 2, 0, 3)[is_used])
+
+
+@dataclass(slots=True)
+class _Tile:
+    """Scores of a tile of queries."""
+
+    changed: torch.Tensor  # [K, G, R, M, P], minus infinity where nothing is seen
+    inner: torch.Tensor  # the softmax inside each block, over its normal tokens
+    is_earlier: torch.Tensor  # [R, M, 1]: blocks that are seen through their landmark

@@ -1,0 +1,383 @@
+"""Landmark attention on a GPU, in Triton: forward, and a backward that is parallel over key blocks.
+
+The formulas are those of ``longctx/attention/landmark.py``. Keys and values lie in padded blocks, a power of two of
+slots each with the landmark in the last, so a tile of keys is whole blocks, several where they are short, and a block's
+own softmax never leaves its tile. dQ and (dK, dV) are two kernels over the same tiles: each owns what it writes, so
+nothing is added up in global memory.
+
+Legend: R queries of a program, C = M x P keys of a tile, M blocks, P slots of a block, D head dim (padded to a power of
+two); S tokens, H query heads, K KV heads.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from longctx.attention.landmark import Blocks
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def attend_with_triton(
+    q_1SHD: torch.Tensor, k_1SKD: torch.Tensor, v_1SKD: torch.Tensor, blocks: Blocks, scale: float
+) -> torch.Tensor:
+    """``longctx.attention.landmark.attend_with_torch`` on a GPU; products in the tensors' dtype, sums in float32."""
+    rows_N = blocks.rows_MP.flatten().to(q_1SHD.device)
+    k_NKD, v_NKD = k_1SKD[0].index_select(0, rows_N), v_1SKD[0].index_select(0, rows_N)
+    return _TritonLandmark.apply(q_1SHD[0], k_NKD, v_NKD, _Tables(blocks, q_1SHD.device), scale)[None]
+
+
+class _Tables:
+    """What the kernels know of the blocks; int32 on the device."""
+
+    def __init__(self, blocks: Blocks, device: torch.device) -> None:
+        def move(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, torch.int32)
+
+        self.size, self.num_blocks = blocks.size, len(blocks.lengths_M)
+        self.block_S, self.first_S, self.seen_S = move(blocks.block_S), move(blocks.first_S), move(blocks.seen_S)
+        self.lengths_M = move(blocks.lengths_M)
+        num_tokens = len(blocks.block_S)
+        is_begin = torch.ones(self.num_blocks, dtype=torch.bool)
+        is_begin[1:] = blocks.first_S[blocks.starts_M][1:] != blocks.first_S[blocks.starts_M][:-1]
+        begins = torch.cat([blocks.starts_M[is_begin], torch.tensor([num_tokens])])
+        document = is_begin.cumsum(0) - 1
+        self.starts_M, self.ends_M = move(blocks.starts_M), move(begins[document + 1])  # of its document, in tokens
+
+
+class _TritonLandmark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_SHD: Any, k_NKD: Any, v_NKD: Any, tables: _Tables, scale: float) -> torch.Tensor:
+        q, k, v = (x.contiguous() for x in (q_SHD, k_NKD, v_NKD))
+        out_SHD = torch.empty_like(q)
+        lse_HS = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        launch = _Launch(q, k, tables, scale)
+        kernel: Any = _forward
+        with torch.cuda.device_of(q):
+            kernel[launch.query_grid](q, k, v, out_SHD, lse_HS, *launch.tables, *launch.sizes, **launch.forward)
+        ctx.save_for_backward(q, k, v, out_SHD, lse_HS)
+        ctx.launch = launch
+        return out_SHD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        q, k, v, out, lse_HS = ctx.saved_tensors
+        dout, launch = gradients[0].contiguous(), ctx.launch
+        delta_HS = (dout.float() * out.float()).sum(-1).t().contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        queries: Any = _backward_queries
+        keys: Any = _backward_keys
+        given = q, k, v, dout, lse_HS, delta_HS
+        with torch.cuda.device_of(q):
+            queries[launch.query_grid](*given, dq, *launch.tables, *launch.sizes, **launch.backward)
+            keys[launch.key_grid](*given, dk, dv, *launch.tables, *launch.sizes, **launch.backward)
+        return dq, dk, dv, None, None
+
+
+class _Launch:
+    """Grids and constants of one call."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, tables: _Tables, scale: float) -> None:
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads, padded_dim = k.shape[1], max(16, triton.next_power_of_2(head_dim))
+        size = tables.size
+        is_wide = padded_dim > 128 or q.element_size() == 4
+        num_columns = max(size, 32 if is_wide else 64)
+        self.tables = tables.block_S, tables.first_S, tables.seen_S, tables.lengths_M, tables.starts_M, tables.ends_M
+        self.sizes = num_tokens, tables.num_blocks, num_heads, num_heads // num_kv_heads, head_dim, scale
+        common = {"SLOTS": size, "BLOCKS": num_columns // size, "DIM": padded_dim}
+        common["PRECISION"] = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
+        self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
+        self.backward = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
+        self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads)
+        self.key_grid = lambda meta: (triton.cdiv(tables.num_blocks, meta["BLOCKS"]), num_kv_heads)
+
+
+@triton.jit
+def _load_rows(ptr, row_R, num_rows, head, num_heads, dim_D, head_dim):
+    """``[R, D]`` of ``[num_rows, num_heads, head_dim]``."""
+    at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
+    return tl.load(ptr + at_RD, mask=(row_R < num_rows)[:, None] & (dim_D < head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _split(
+    scores_RC, block_M, lengths_M, block_R, first_R, seen_R, R: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """A tile's scores, in base 2, as ``[R, M, P]``: those of each block's landmark, which blocks are seen through it,
+    exponentials of their own softmax and its sums, and the scores of what is seen directly."""
+    scores_RMP = tl.reshape(scores_RC, (R, BLOCKS, SLOTS))
+    slot_P = tl.arange(0, SLOTS)
+    landmark_RM = tl.sum(tl.where((slot_P == SLOTS - 1)[None, None, :], scores_RMP, 0.0), 2)
+    is_earlier_RM = (block_M[None, :] < block_R[:, None]) & (block_M[None, :] >= first_R[:, None])
+    is_own_RM = block_M[None, :] == block_R[:, None]
+    is_normal_MP = slot_P[None, :] < lengths_M[:, None]
+    inner_RMP = tl.where(is_normal_MP[None, :, :], scores_RMP, float("-inf"))
+    largest_RM = tl.max(inner_RMP, 2)
+    largest_RM = tl.where(largest_RM == float("-inf"), 0.0, largest_RM)
+    inner_RMP = tl.exp2(inner_RMP - largest_RM[:, :, None])
+    total_RM = tl.maximum(tl.sum(inner_RMP, 2), 1e-30)
+    is_seen_RMP = is_own_RM[:, :, None] & (slot_P[None, None, :] < seen_R[:, None, None])
+    own_RMP = tl.where(is_seen_RMP, scores_RMP, float("-inf"))
+    return landmark_RM, is_earlier_RM, inner_RMP / total_RM[:, :, None], own_RMP
+
+
+@triton.jit
+def _forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    block_ptr,
+    first_ptr,
+    seen_ptr,
+    length_ptr,
+    start_ptr,
+    end_ptr,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    group_size,
+    head_dim,
+    scale,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Late queries see most: they are begun first.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    row_R = row + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    kv_head, num_kv_heads = head // group_size, num_heads // group_size
+    dim_D, slot_C, block_M = tl.arange(0, DIM), tl.arange(0, BLOCKS * SLOTS), tl.arange(0, BLOCKS)
+    is_row_R = row_R < num_tokens
+    block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
+    first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
+    seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
+    q_RD = _load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    factor = scale * LOG2_E
+    largest_R = tl.full((ROWS,), float("-inf"), tl.float32)
+    total_R = tl.zeros((ROWS,), tl.float32)
+    out_RD = tl.zeros((ROWS, DIM), tl.float32)
+    last = tl.load(block_ptr + tl.minimum(row + ROWS, num_tokens) - 1)
+    for begin in range(tl.load(first_ptr + row), last + 1, BLOCKS):
+        key_C = begin * SLOTS + slot_C
+        k_CD = _load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+        v_CD = _load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+        scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
+        at_M = begin + block_M
+        lengths_M = tl.load(length_ptr + at_M, mask=at_M < num_blocks, other=0)
+        landmark_RM, is_earlier_RM, inner_RMP, own_RMP = _split(
+            scores_RC, at_M, lengths_M, block_R, first_R, seen_R, ROWS, SLOTS, BLOCKS
+        )
+        candidate_RM = tl.where(is_earlier_RM, landmark_RM, tl.max(own_RMP, 2))
+        new_R = tl.maximum(largest_R, tl.max(candidate_RM, 1))
+        shift_R = tl.where(new_R == float("-inf"), 0.0, new_R)
+        gate_RM = tl.where(is_earlier_RM, tl.exp2(landmark_RM - shift_R[:, None]), 0.0)
+        weights_RMP = gate_RM[:, :, None] * inner_RMP + tl.exp2(own_RMP - shift_R[:, None, None])
+        weights_RC = tl.reshape(weights_RMP, (ROWS, BLOCKS * SLOTS))
+        kept_R = tl.exp2(largest_R - shift_R)
+        total_R = total_R * kept_R + tl.sum(weights_RC, 1)
+        out_RD = out_RD * kept_R[:, None] + tl.dot(weights_RC.to(v_CD.dtype), v_CD, input_precision=PRECISION)
+        largest_R = new_R
+    total_R = tl.where(is_row_R, total_R, 1.0)
+    tl.store(lse_ptr + head * num_tokens + row_R, largest_R + tl.log2(total_R), mask=is_row_R)
+    at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
+    out_RD = (out_RD / total_R[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at_RD, out_RD, mask=is_row_R[:, None] & (dim_D < head_dim)[None, :])
+
+
+@triton.jit
+def _gradients(
+    q_RD,
+    k_CD,
+    v_CD,
+    dout_RD,
+    lse_R,
+    delta_R,
+    at_M,
+    lengths_M,
+    block_R,
+    first_R,
+    seen_R,
+    factor,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile's weights and the gradients of its scores, both ``[R, C]``."""
+    scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
+    landmark_RM, is_earlier_RM, inner_RMP, own_RMP = _split(
+        scores_RC, at_M, lengths_M, block_R, first_R, seen_R, ROWS, SLOTS, BLOCKS
+    )
+    gate_RM = tl.where(is_earlier_RM, tl.exp2(landmark_RM - lse_R[:, None]), 0.0)
+    own_RMP = tl.exp2(own_RMP - lse_R[:, None, None])
+    dweights_RC = tl.dot(dout_RD, tl.trans(v_CD), input_precision=PRECISION)
+    dweights_RMP = tl.reshape(dweights_RC, (ROWS, BLOCKS, SLOTS))
+    mean_RM = tl.sum(inner_RMP * dweights_RMP, 2)
+    weights_RMP = gate_RM[:, :, None] * inner_RMP
+    dscores_RMP = weights_RMP * (dweights_RMP - mean_RM[:, :, None])
+    dscores_RMP += own_RMP * (dweights_RMP - delta_R[:, None, None])
+    is_landmark_P = tl.arange(0, SLOTS) == SLOTS - 1
+    dlandmark_RM = gate_RM * (mean_RM - delta_R[:, None])
+    dscores_RMP = tl.where(is_landmark_P[None, None, :], dlandmark_RM[:, :, None], dscores_RMP)
+    return (
+        tl.reshape(weights_RMP + own_RMP, (ROWS, BLOCKS * SLOTS)),
+        tl.reshape(dscores_RMP, (ROWS, BLOCKS * SLOTS)),
+    )
+
+
+@triton.jit
+def _backward_queries(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    block_ptr,
+    first_ptr,
+    seen_ptr,
+    length_ptr,
+    start_ptr,
+    end_ptr,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    group_size,
+    head_dim,
+    scale,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    row_R = row + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    kv_head, num_kv_heads = head // group_size, num_heads // group_size
+    dim_D, slot_C, block_M = tl.arange(0, DIM), tl.arange(0, BLOCKS * SLOTS), tl.arange(0, BLOCKS)
+    is_row_R = row_R < num_tokens
+    block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
+    first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
+    seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
+    q_RD = _load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    dout_RD = _load_rows(dout_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    lse_R = tl.load(lse_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
+    delta_R = tl.load(delta_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
+    dq_RD = tl.zeros((ROWS, DIM), tl.float32)
+    last = tl.load(block_ptr + tl.minimum(row + ROWS, num_tokens) - 1)
+    for begin in range(tl.load(first_ptr + row), last + 1, BLOCKS):
+        key_C = begin * SLOTS + slot_C
+        k_CD = _load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+        v_CD = _load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+        at_M = begin + block_M
+        lengths_M = tl.load(length_ptr + at_M, mask=at_M < num_blocks, other=0)
+        _, dscores_RC = _gradients(
+            q_RD,
+            k_CD,
+            v_CD,
+            dout_RD,
+            lse_R,
+            delta_R,
+            at_M,
+            lengths_M,
+            block_R,
+            first_R,
+            seen_R,
+            scale * LOG2_E,
+            ROWS,
+            SLOTS,
+            BLOCKS,
+            PRECISION,
+        )
+        dq_RD += tl.dot(dscores_RC.to(k_CD.dtype), k_CD, input_precision=PRECISION)
+    at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
+    dq_RD = (dq_RD * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + at_RD, dq_RD, mask=is_row_R[:, None] & (dim_D < head_dim)[None, :])
+
+
+@triton.jit
+def _backward_keys(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    block_ptr,
+    first_ptr,
+    seen_ptr,
+    length_ptr,
+    start_ptr,
+    end_ptr,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    group_size,
+    head_dim,
+    scale,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    begin, kv_head = tl.program_id(0) * BLOCKS, tl.program_id(1)
+    num_kv_heads = num_heads // group_size
+    dim_D, key_C = tl.arange(0, DIM), begin * SLOTS + tl.arange(0, BLOCKS * SLOTS)
+    at_M = begin + tl.arange(0, BLOCKS)
+    is_block_M = at_M < num_blocks
+    lengths_M = tl.load(length_ptr + at_M, mask=is_block_M, other=0)
+    start = tl.load(start_ptr + begin)
+    end = tl.load(end_ptr + tl.minimum(begin + BLOCKS, num_blocks) - 1)
+    k_CD = _load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    v_CD = _load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    dk_CD = tl.zeros((BLOCKS * SLOTS, DIM), tl.float32)
+    dv_CD = tl.zeros((BLOCKS * SLOTS, DIM), tl.float32)
+    for member in range(group_size):
+        head = kv_head * group_size + member
+        for low in range(start, end, ROWS):
+            row_R = low + tl.arange(0, ROWS)
+            is_row_R = row_R < end
+            block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
+            first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
+            seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
+            q_RD = _load_rows(q_ptr, row_R, end, head, num_heads, dim_D, head_dim)
+            dout_RD = _load_rows(dout_ptr, row_R, end, head, num_heads, dim_D, head_dim)
+            lse_R = tl.load(lse_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
+            delta_R = tl.load(delta_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
+            weights_RC, dscores_RC = _gradients(
+                q_RD,
+                k_CD,
+                v_CD,
+                dout_RD,
+                lse_R,
+                delta_R,
+                at_M,
+                lengths_M,
+                block_R,
+                first_R,
+                seen_R,
+                scale * LOG2_E,
+                ROWS,
+                SLOTS,
+                BLOCKS,
+                PRECISION,
+            )
+            dv_CD += tl.dot(tl.trans(weights_RC.to(dout_RD.dtype)), dout_RD, input_precision=PRECISION)
+            dk_CD += tl.dot(tl.trans(dscores_RC.to(q_RD.dtype)), q_RD, input_precision=PRECISION)
+    at_CD = (key_C.to(tl.int64)[:, None] * num_kv_heads + kv_head) * head_dim + dim_D[None, :]
+    is_element_CD = (key_C < num_blocks * SLOTS)[:, None] & (dim_D < head_dim)[None, :]
+    tl.store(dk_ptr + at_CD, (dk_CD * scale).to(dk_ptr.dtype.element_ty), mask=is_element_CD)
+    tl.store(dv_ptr + at_CD, dv_CD.to(dv_ptr.dtype.element_ty), mask=is_element_CD)
