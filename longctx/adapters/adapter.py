@@ -40,13 +40,16 @@ logger = logging.getLogger(__name__)
 _SETTINGS = "longctx_adapter"  # attribute of an adapted model: its adapter_config.json, and the method's name
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int = 0) -> PreTrainedModel:
+def add_adapter(
+    model: PreTrainedModel, config: PeftConfig, *, seed: int = 0, gather: Gather = nullcontext
+) -> PreTrainedModel:
     """Freeze ``model`` and give it an adapter, in place; with ``config.path`` that one, to be trained on.
 
     Args:
         model: a decoder of a family that longctx serves, with its weights.
         config: the adapter; ``method`` is not ``none``.
         seed: of its random weights, which are the same on every rank; other random numbers are not disturbed.
+        gather: see ``load_adapter``.
 
     Returns:
         The same model. A new adapter does not change what it computes.
@@ -56,8 +59,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int = 0) ->
         CheckpointError: as ``load_adapter``.
     """
     if config.path is not None:
-        return load_adapter(model, config.path)
-    shapes, method = base_shapes(model), _make_method(config.method)
+        return load_adapter(model, config.path, gather)
+    shapes, method = whole_shapes(model), _make_method(config.method)
     trained = (norm_layers(shapes) if config.train_norms else []) + ["embed_tokens"] * config.train_embeddings
     settings = {
         "peft_type": method.peft_type,
@@ -78,14 +81,17 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int = 0) ->
     return model
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+def load_adapter(model: PreTrainedModel, folder: str | Path, gather: Gather = nullcontext) -> PreTrainedModel:
     """Freeze ``model`` and give it the adapter of a PEFT folder, to be trained on, in place. Returns ``model``.
+
+    Where ZeRO 3 has cut ``model`` up, all ranks do so together, and parameters within ``gather`` are whole and can be
+    changed.
 
     Raises:
         CheckpointError: if the folder is no adapter of a kind that longctx knows, or does not go with the model.
     """
     base = f"{model.name_or_path or 'the model'} ({model.config.model_type})"
-    adapter = inspect_adapter(folder, base_shapes(model), base=base, architecture=type(model).__name__)
+    adapter = inspect_adapter(folder, whole_shapes(model), base=base, architecture=type(model).__name__)
     rope = _read_rope(model)["rope_parameters"]
     if adapter.rope and adapter.rope["rope_parameters"] != rope:
         logger.warning("%s was trained with RoPE %s; here it is %s", folder, adapter.rope["rope_parameters"], rope)
@@ -96,7 +102,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         parameters[name].requires_grad_(True)
     with torch.no_grad():
         for name, parameter in _trained_parameters(model).items():
-            parameter.copy_(tensors[name])
+            with gather([parameter]):
+                parameter.copy_(tensors[name])
     return model
 
 
@@ -149,8 +156,8 @@ def file_names(model: PreTrainedModel) -> dict[str, str]:
     return {names[id(parameter)]: name for name, parameter in _trained_parameters(model).items()}
 
 
-def base_shapes(model: PreTrainedModel) -> Shapes:
-    """Of a model without adapter, by name; also where ZeRO 3 has cut its parameters up."""
+def whole_shapes(model: PreTrainedModel) -> Shapes:
+    """Of a model's parameters by name; also where ZeRO 3 has cut them up."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 

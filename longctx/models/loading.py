@@ -20,6 +20,7 @@ from longctx.adapters.folder import AdapterFolder
 from longctx.errors import CheckpointError
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.rope import RotaryTable
+from longctx.models.sharded_model import Sharder, draw_weights, read_sharded_weights, refuse_problems
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,27 @@ def read_transformers_config(spec: ModelSpec) -> Any:
 
 
 def build_model(
-    spec: ModelSpec, config: Any, *, dtype: torch.dtype, device: torch.device, random_weights_seed: int | None = None
+    spec: ModelSpec,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    random_weights_seed: int | None = None,
+    sharder: Sharder | None = None,
 ) -> PreTrainedModel:
-    """A transformers model of ``spec``'s weights that is otherwise as ``config`` says. See ``load_model``."""
+    """A transformers model of ``spec``'s weights that is otherwise as ``config`` says. See ``load_model``.
+
+    ``sharder``: cuts the weights up as they come; they are on ``device`` then.
+    """
     with _TRANSFORMERS_LOCK:
-        if random_weights_seed is None:
-            return _read_weights(spec, config, dtype)
-        return _make_weights(config, dtype, device, random_weights_seed)
+        if random_weights_seed is not None:
+            return draw_weights(config, dtype=dtype, device=device, seed=random_weights_seed, sharder=sharder)
+        if sharder is not None:
+            model = read_sharded_weights(spec, config, dtype=dtype, device=device, sharder=sharder)
+        else:
+            model = _read_weights(spec, config, dtype)
+    logger.info("loaded %s: %.1f million parameters in %s", spec.path, spec.num_parameters / 1e6, dtype)
+    return model
 
 
 def _read_weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -108,12 +123,8 @@ def _read_weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> PreTraine
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{spec.path}: weights cannot be loaded: {error}") from error
     model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        problems = sorted(str(key) for key in info.get(kind) or ())
-        if problems:
-            named = ", ".join(problems[:3]) + ("" if len(problems) <= 3 else ", ...")
-            raise CheckpointError(f"{spec.path}: {len(problems)} {kind.replace('_', ' ')}: {named}")
-    logger.info("loaded %s: %.1f million parameters in %s", spec.path, spec.num_parameters / 1e6, dtype)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    refuse_problems(spec, {kind: info.get(kind) or () for kind in kinds})
     return model
 
 
@@ -127,11 +138,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             transformers_logging.enable_progress_bar()
-
-
-def _make_weights(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """Random weights on ``device`` as transformers initialises them, without disturbing other random numbers."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(device):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -23,6 +23,7 @@ class TensorEntry:
 
     dtype: str  # "F32", "BF16", "F16", ...
     shape: tuple[int, ...]
+    file: str  # its name in the folder
 
 
 def check_tensors(
@@ -113,7 +114,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        entries = {name: TensorEntry(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        entries = {
+            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in header.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise CheckpointError(f"{where} has no valid safetensors header") from None
     expected_size = 8 + header_size + end

@@ -64,9 +64,7 @@ class DeepSpeedTraining:
         num_micro_steps: int,
         leaves: Sequence[torch.nn.Module] = (),
     ) -> None:
-        deepspeed = load_deepspeed()
-        warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # what it calls
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+        deepspeed = _start_deepspeed()
         for leaf in leaves if config.zero_stage == 3 else ():
             deepspeed.utils.set_z3_leaf_module(leaf, True)
         self._gathered = deepspeed.zero.GatheredParameters
@@ -211,6 +209,39 @@ class DeepSpeedTraining:
             weight.data.copy_(read(weight.numel()).view(weight.shape))
 
 
+class WeightSharder:
+    """Cuts a model up over all ranks while it is built, for a ``DeepSpeedTraining`` of ZeRO 3. Collective.
+
+    Args:
+        config: of ZeRO 3.
+        dtype: of the weights.
+    """
+
+    def __init__(self, config: DeepSpeedConfig, dtype: torch.dtype) -> None:
+        deepspeed = _start_deepspeed()
+        self._gathered, self._initialize = deepspeed.zero.GatheredParameters, deepspeed.zero.Init
+        self._settings = {"train_micro_batch_size_per_gpu": 1, **_describe_weights(config, dtype)}
+        self.is_source = dist.get_rank() == 0
+
+    def shard(self, module: torch.nn.Module) -> None:
+        """Keep this rank's part of the first rank's values of the module's own parameters."""
+        own = torch.nn.ParameterList(module.parameters(recurse=False))
+        if len(own):
+            self._initialize(module=own, config_dict_or_path=self._settings)
+
+    def gather(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        """While it is open, these parameters are whole on every rank; what the first rank makes of them stays."""
+        return self._gathered(list(parameters), modifier_rank=0)
+
+
+def _start_deepspeed() -> Any:
+    """DeepSpeed, with its ranks those of the default group."""
+    deepspeed = load_deepspeed()
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # what it calls
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    return deepspeed
+
+
 def load_deepspeed() -> Any:
     """DeepSpeed, imported without what it would compile: an operator, for a minute; and an optimizer that nobody uses
     here, for which torch's compiler alone takes two seconds to import."""
@@ -237,7 +268,8 @@ def _group_by_decay(parameters: dict[str, torch.nn.Parameter], weight_decay: flo
     """Matrices decay; norms and biases, which have one dimension, and embeddings do not."""
     decays: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, weight in parameters.items():
-        decays[weight.ndim > 1 and "embed" not in name].append(weight)
+        num_dims = len(getattr(weight, "ds_shape", weight.shape))  # of the whole, where it is cut up already
+        decays[num_dims > 1 and "embed" not in name].append(weight)
     return [
         {"params": weights, "weight_decay": weight_decay if is_decayed else 0.0}
         for is_decayed, weights in decays.items()
@@ -249,6 +281,23 @@ def _describe(
     config: DeepSpeedConfig, optimizer: OptimizerConfig, dtype: torch.dtype, world_size: int, num_micro_steps: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
+    # DeepSpeed adds up in bfloat16 what is not sharded
+    sums = {} if config.zero_stage == 0 and dtype == torch.bfloat16 else {"grad_accum_dtype": "fp32"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": num_micro_steps,
+        "train_batch_size": num_micro_steps * world_size,
+        "gradient_clipping": optimizer.clip,
+        "data_types": sums,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": _QUIET_STEPS,
+        **_describe_weights(config, dtype),
+    }
+
+
+def _describe_weights(config: DeepSpeedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Of it, what says where weights, gradients and optimizer states are."""
     element_size = dtype.itemsize
     bucket = 2 * max(1, parse_size(config.bucket_size) // (2 * element_size))  # DeepSpeed takes even numbers only
     zero: dict[str, Any] = {
@@ -267,17 +316,4 @@ def _describe(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_params:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    # DeepSpeed adds up in bfloat16 what is not sharded
-    sums = {} if config.zero_stage == 0 and dtype == torch.bfloat16 else {"grad_accum_dtype": "fp32"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": num_micro_steps,
-        "train_batch_size": num_micro_steps * world_size,
-        "gradient_clipping": optimizer.clip,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": sums,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": _QUIET_STEPS,
-    }
+    return {"zero_optimization": zero, "bf16": {"enabled": dtype == torch.bfloat16}}

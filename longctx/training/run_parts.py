@@ -1,11 +1,13 @@
 """Builds what one rank trains with: the world, the model with its adapter and attention, DeepSpeed, data."""
 
+import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from longctx.adapters.adapter import add_adapter
+from longctx.adapters.adapter import add_adapter, whole_shapes
 from longctx.errors import CheckpointError, ConfigError
 from longctx.models.checkpoint import inspect_checkpoint
 from longctx.models.tokenizer import load_tokenizer
@@ -13,7 +15,7 @@ from longctx.training.attention import ATTENTION
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
 from longctx.training.data.stream import SequenceStream, merge_states, read_eval_sequences
-from longctx.training.deepspeed_engine import DeepSpeedTraining
+from longctx.training.deepspeed_engine import DeepSpeedTraining, WeightSharder
 from longctx.training.flops import count_training_flops
 from longctx.training.loss_head import LossHead
 from longctx.training.memory_saving import save_memory
@@ -117,6 +119,7 @@ class RunParts:
 
     def _build_model(self) -> None:
         config, parallel = self._config, self._config.parallel
+        sharder = WeightSharder(config.deepspeed, DTYPES[self.dtype]) if config.deepspeed.zero_stage == 3 else None
         model = build_starting_model(
             self.spec,
             config.model,
@@ -124,11 +127,13 @@ class RunParts:
             context_length=config.train.context_length,
             device=self.device,
             seed=config.train.seed,
+            sharder=sharder,
         )
         model.config.use_cache = False
         self.has_adapter = config.peft.method != "none" or config.peft.path is not None
         if self.has_adapter:
-            add_adapter(model, config.peft, seed=config.train.seed)
+            gather = nullcontext if sharder is None else sharder.gather
+            add_adapter(model, config.peft, seed=config.train.seed, gather=gather)
         self.parallel = SequenceParallel(
             model,
             group=self.world.sp_group,
@@ -141,9 +146,9 @@ class RunParts:
         self._head = LossHead(model, tile=config.train.loss_tile)
         leaves = save_memory(model, config.train, device=self.device, scratch=Path(config.output))
         parameters = dict(model.named_parameters())
-        trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
-        self.shapes = {name: list(weight.shape) for name, weight in trained.items()}
-        self._num_adapter_weights = sum(weight.numel() for weight in trained.values()) if self.has_adapter else 0
+        shapes = whole_shapes(model)
+        self.shapes = {name: list(shapes[name]) for name, weight in parameters.items() if weight.requires_grad}
+        self._num_adapter_weights = sum(map(math.prod, self.shapes.values())) if self.has_adapter else 0
         self.engine = DeepSpeedTraining(
             model,
             parameters,

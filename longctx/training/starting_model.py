@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.loading import build_model, read_transformers_config
+from longctx.models.sharded_model import Sharder
 from longctx.training.config import TrainModelConfig
 from longctx.training.preflight import check_context
 
@@ -25,8 +26,9 @@ def build_starting_model(
     context_length: int,
     device: torch.device,
     seed: int,
+    sharder: Sharder | None = None,
 ) -> PreTrainedModel:
-    """In ``dtype`` on ``device``, ready to be trained; the same on every rank.
+    """In ``dtype`` on ``device``, ready to be trained; the same on every rank, or cut up by ``sharder``.
 
     Raises:
         CheckpointError: if weights are missing or not those of the configuration.
@@ -40,6 +42,7 @@ def build_starting_model(
         dtype=dtype,
         device=device,
         random_weights_seed=seed if config.init == "random" else None,
+        sharder=sharder,
     )
     return model.to(device).train()
 

@@ -22,7 +22,8 @@ class LiveMemory(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if id(storage) not in self._seen and id(storage) not in inputs:
+                is_real = storage.device.type != "meta"
+                if is_real and id(storage) not in self._seen and id(storage) not in inputs:
                     self._add(storage)
         return result
 
