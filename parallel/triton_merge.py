@@ -96,7 +96,6 @@ def _merge(
     shift_R = tl.where(is_seen_R, largest_R, 0.0)
     weight_R, partial_weight_R = tl.exp(lse_R - shift_R), tl.exp(partial_lse_R - shift_R)
     total_R = tl.where(is_seen_R, weight_R + partial_weight_R, 1.0)
-    tl.store(lse_at_R, tl.where(is_seen_R, shift_R + tl.log(total_R), float("-inf")), mask=is_row_R)
 
     out_at_RD = out_ptr + (
         (batch_R * out_stride_b + token_R * out_stride_s + head_R * out_stride_h)[:, None]
@@ -111,3 +110,5 @@ def _merge(
     partial_out_RD = tl.load(partial_out_at_RD, mask=is_new_RD, other=0.0).to(out_RD.dtype)
     merged_RD = out_RD * (weight_R / total_R)[:, None] + partial_out_RD * (partial_weight_R / total_R)[:, None]
     tl.store(out_at_RD, merged_RD, mask=is_element_RD)
+    tl.debug_barrier()  # every warp has read the rows' log-sum-exps for itself; one of them writes the new ones
+    tl.store(lse_at_R, tl.where(is_seen_R, shift_R + tl.log(total_R), float("-inf")), mask=is_row_R)
