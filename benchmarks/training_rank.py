@@ -71,7 +71,7 @@ def start_longctx(specification: dict[str, Any], rank: int) -> Step:
         node="here",
         restart=0,
     )
-    run = TrainingRun(config, RunParts(config, place))
+    run = TrainingRun(RunParts(config, place))
     return lambda: run.train_step().loss
 
 

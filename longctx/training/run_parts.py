@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class RunParts:
     """All of one rank's; ``close`` ends it. Collective.
 
     Args:
-        config: of the run.
+        config: of the run; the attribute of the name has what was left to the ranks, too.
         place: of the rank.
 
     Raises:
@@ -40,7 +41,6 @@ class RunParts:
     """
 
     def __init__(self, config: TrainConfig, place: RankPlace) -> None:
-        self._config = config
         self.device = choose_device(config.model.device)
         self.spec = inspect_checkpoint(config.model.path, require_weights=config.model.init == "checkpoint")
         tokenizer = load_tokenizer(self.spec, config.data.chat_template)
@@ -52,8 +52,8 @@ class RunParts:
         self.world = TrainingWorld(
             place.global_rank, parallel, address=place.master_address, port=place.master_port, device=self.device
         )
-        self.dtype = self._agree_on_dtype()
-        self.peak_flops = config.logger.peak_flops or measure_peak_flops(self.device, DTYPES[self.dtype])
+        self.config = config = self._settle_dtype(config)
+        self.peak_flops = config.logger.peak_flops or measure_peak_flops(self.device, DTYPES[config.model.dtype])
         self._build_model()
         reader = find_checkpoint(config, restart=place.restart)
         if reader is not None:
@@ -96,7 +96,7 @@ class RunParts:
         return count_training_flops(
             self.spec,
             sequence.cu_seqlens,
-            attention=self._config.attention,
+            attention=self.config.attention,
             trains_base=not self.has_adapter,
             num_adapter_weights=self._num_adapter_weights,
         )
@@ -111,19 +111,19 @@ class RunParts:
         self.engine.destroy()
         self.world.close()
 
-    def _agree_on_dtype(self) -> str:
-        """``model.dtype``, where auto is what is fast on every rank. Collective."""
-        dtype = choose_dtype(self._config.model.dtype, self.device.type)
+    def _settle_dtype(self, config: TrainConfig) -> TrainConfig:
+        """With ``model.dtype`` as it is trained: auto is what is fast on every rank. Collective."""
+        dtype = choose_dtype(config.model.dtype, self.device.type)
         (is_wide,) = self.world.largest([float(dtype == "float32")])
-        return "float32" if is_wide else dtype
+        return replace(config, model=replace(config.model, dtype="float32" if is_wide else dtype))
 
     def _build_model(self) -> None:
-        config, parallel = self._config, self._config.parallel
-        sharder = WeightSharder(config.deepspeed, DTYPES[self.dtype]) if config.deepspeed.zero_stage == 3 else None
+        config, parallel = self.config, self.config.parallel
+        dtype = DTYPES[config.model.dtype]
+        sharder = WeightSharder(config.deepspeed, dtype) if config.deepspeed.zero_stage == 3 else None
         model = build_starting_model(
             self.spec,
             config.model,
-            dtype=DTYPES[self.dtype],
             context_length=config.train.context_length,
             device=self.device,
             seed=config.train.seed,
@@ -154,7 +154,7 @@ class RunParts:
             parameters,
             config=config.deepspeed,
             optimizer=config.optimizer,
-            dtype=DTYPES[self.dtype],
+            dtype=dtype,
             num_micro_steps=config.train.batch_size // parallel.dp_degree,
             leaves=leaves,
         )

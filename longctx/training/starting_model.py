@@ -22,13 +22,12 @@ def build_starting_model(
     spec: ModelSpec,
     config: TrainModelConfig,
     *,
-    dtype: torch.dtype,
     context_length: int,
     device: torch.device,
     seed: int,
     sharder: Sharder | None = None,
 ) -> PreTrainedModel:
-    """In ``dtype`` on ``device``, ready to be trained; the same on every rank, or cut up by ``sharder``.
+    """In ``config.dtype`` on ``device``, ready to be trained; the same on every rank, or cut up by ``sharder``.
 
     Raises:
         CheckpointError: if weights are missing or not those of the configuration.
@@ -39,7 +38,7 @@ def build_starting_model(
     model: Any = build_model(
         spec,
         settings,
-        dtype=dtype,
+        dtype=DTYPES[config.dtype],
         device=device,
         random_weights_seed=seed if config.init == "random" else None,
         sharder=sharder,

@@ -62,7 +62,7 @@ def train_rank(config: TrainConfig, place: RankPlace) -> dict[str, Any]:
     ):
         parts = RunParts(config, place)
         try:
-            return TrainingRun(config, parts).train()
+            return TrainingRun(parts).train()
         finally:
             parts.close()
 
@@ -70,7 +70,8 @@ def train_rank(config: TrainConfig, place: RankPlace) -> dict[str, Any]:
 class TrainingRun:
     """The steps of one run on one rank; ``train`` makes them all."""
 
-    def __init__(self, config: TrainConfig, parts: RunParts) -> None:
+    def __init__(self, parts: RunParts) -> None:
+        config = parts.config
         self._config, self._parts, self._world = config, parts, parts.world
         self._output = Path(config.output)
         self._step = self._saved_step = parts.first_step
@@ -93,7 +94,7 @@ class TrainingRun:
         """Every step that is left."""
         config = self._config
         if self._world.rank == 0:
-            warn_of_slow_products(self._parts.dtype, self._parts.device.type)
+            warn_of_slow_products(config.model.dtype, self._parts.device.type)
         log = open_step_log(
             config.logger,
             self._output,

@@ -41,7 +41,7 @@ def train_with_each_plan(config: TrainConfig, place: RankPlace) -> dict[str, Any
         parts.parallel = SequenceParallel(parts.parallel.model, group=parts.world.sp_group, plan=plan)
         parts.stream = Replay(batches)
         parts.engine.restore(0, lambda name, part, start, numel: read(initial, name, part, start, numel))
-        run = TrainingRun(config, parts)
+        run = TrainingRun(parts)
         records = [run.train_step() for _ in range(NUM_STEPS)]
         runs[plan] = {
             "losses": [record.loss for record in records],

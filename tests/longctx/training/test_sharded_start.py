@@ -19,11 +19,11 @@ INITS = ("checkpoint", "random")
 
 def build(path, init, sharder):
     """The model, and the most bytes that were alive on the way."""
-    config = TrainModelConfig(path=str(path), init=init)
+    config = TrainModelConfig(path=str(path), dtype="float32", init=init)
     spec = inspect_checkpoint(path)
     with LiveMemory() as memory:
         model = build_starting_model(
-            spec, config, dtype=torch.float32, context_length=64, device=torch.device("cpu"), seed=3, sharder=sharder
+            spec, config, context_length=64, device=torch.device("cpu"), seed=3, sharder=sharder
         )
     return model, memory.peak_bytes
 
