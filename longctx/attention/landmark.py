@@ -15,10 +15,12 @@ landmark last; R queries of a tile.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
+
+from longctx.attention.arguments import check_tensors, document_bounds
+from longctx.attention.landmark_blocks import Blocks, find_blocks
 
 TILE_SCORES = 1 << 24  # scores that exist at one time, of the torch implementation
 
@@ -63,79 +65,6 @@ def landmark_attention(
     return torch.cat(
         [attend(q[row : row + 1], k[row : row + 1], v[row : row + 1], blocks[row], scale) for row in range(len(q))]
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Where the tokens of one sequence lie in blocks; int64, on the CPU."""
-
-    size: int  # P
-    rows_MP: torch.Tensor  # token of each slot; its landmark in the last, 0 where there is none
-    lengths_M: torch.Tensor  # normal tokens
-    block_S: torch.Tensor  # of each token
-    seen_S: torch.Tensor  # normal tokens of its own block that each token sees
-    first_S: torch.Tensor  # first block of each token's document
-
-    @property
-    def starts_M(self) -> torch.Tensor:
-        """First token of each block."""
-        return self.rows_MP[:, 0]
-
-
-def find_blocks(is_landmark_S: torch.Tensor, bounds: Sequence[int]) -> Blocks:
-    """Blocks of one sequence.
-
-    Args:
-        is_landmark_S: ``[seq]`` bool.
-        bounds: of its documents, from 0 to seq.
-
-    Raises:
-        ValueError: if a block has no normal token.
-    """
-    num = len(is_landmark_S)
-    is_last = is_landmark_S.clone()
-    is_last[torch.tensor([stop - 1 for start, stop in pairwise(bounds) if start < stop], dtype=torch.int64)] = True
-    stops = is_last.nonzero()[:, 0] + 1
-    starts = torch.cat([stops.new_zeros(1), stops[:-1]])
-    has_landmark = is_landmark_S[stops - 1]
-    lengths = stops - starts - has_landmark.long()
-    if not bool((lengths > 0).all()):
-        at = int(starts[(lengths == 0).nonzero()[0, 0]])
-        raise ValueError(f"is_landmark is not allowed: the block at token {at} has no token but its landmark")
-    size = max(16, 1 << int(lengths.max()).bit_length())  # a power of two above the longest: the landmark has a slot
-    slots = torch.arange(size)
-    rows = torch.where(slots < lengths[:, None], starts[:, None] + slots, 0)
-    rows[:, -1] = torch.where(has_landmark, stops - 1, 0)
-    block = torch.repeat_interleave(torch.arange(len(stops)), stops - starts)
-    tokens = torch.arange(num)
-    seen = torch.minimum(tokens - starts[block] + 1, lengths[block])
-    document_starts = torch.tensor([start for start, stop in pairwise(bounds) if start < stop], dtype=torch.int64)
-    document = torch.searchsorted(document_starts, tokens, right=True) - 1
-    first = block[document_starts][document]
-    return Blocks(size, rows, lengths, block, seen, first)
-
-
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless q, k and v are those of one attention."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not allowed"
-    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2]:
-        raise ValueError(f"{shapes}: [batch, seq, heads, head_dim], k and v alike, seq equal")
-    if q.shape[3] != k.shape[3] or not q.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{shapes}: head_dim is equal, num_heads is a multiple of num_kv_heads")
-    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise ValueError(
-            f"q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device} are not allowed: "
-            "one floating dtype, one device"
-        )
-
-
-def document_bounds(cu_seqlens: Sequence[int] | torch.Tensor | None, q: torch.Tensor) -> tuple[int, ...]:
-    """Boundaries of the documents of each row of a batch. Raises ``ValueError`` if they are not those of ``q``."""
-    from parallel.layout import check_cu_seqlens
-
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens with batch {q.shape[0]} is not allowed: packed documents need batch 1")
-    return check_cu_seqlens(cu_seqlens, q.shape[1]) or (0, q.shape[1])
 
 
 def _choose(q: torch.Tensor) -> Any:

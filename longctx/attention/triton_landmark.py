@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longctx.attention.landmark import Blocks
+from longctx.attention.landmark_blocks import Blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from longctx.attention.cca import _Tiled, pool_cores
+from longctx.attention.cca import pool_cores
+from longctx.attention.cca_parts import attend_in_parts
 from longctx.attention.triton_cca import attend_cores_with_triton
 
 CASES = (  # batch, length, group, window, heads, kv heads, head dim
@@ -38,7 +39,7 @@ def main() -> None:
             cores = pool_cores(*given, group_size, scale, core_position="last", head_pooling="weights")
             given += [cores.k, cores.v]
             exact = [x.double().requires_grad_() for x in given]
-            expected = _Tiled.apply(*exact, group_size, window, scale)
+            expected = attend_in_parts(*exact, group_size, window, scale)
             expected.backward(dout.double())
             inputs = [x.to(device).requires_grad_() for x in given]
             out = attend_cores_with_triton(*inputs, group_size, window, scale)

@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from longctx.attention.landmark import attend_with_torch, find_blocks
+from longctx.attention.landmark import attend_with_torch
+from longctx.attention.landmark_blocks import find_blocks
 from longctx.attention.triton_landmark import attend_with_triton
 
 CASES = (  # length, block, heads, kv heads, head dim, documents
