@@ -166,7 +166,20 @@ def _forward(
             core_k_ptr, core_v_ptr, batch, begin + column_C, num_cores, kv_head, num_kv_heads, dim_D, head_dim,
             none_R, cores_R, q_RD, factor, largest_R, total_R, out_RD, True, PRECISION,
         )  # fmt: skip
-    for begin in range(least * group_size, end, COLUMNS):
+    low = least * group_size
+    high = low + (most * group_size - low + COLUMNS - 1) // COLUMNS * COLUMNS  # from it on every query's window
+    whole = high + tl.maximum(row - high, 0) // COLUMNS * COLUMNS
+    for begin in range(low, high, COLUMNS):
+        largest_R, total_R, out_RD = _add_tile(
+            k_ptr, v_ptr, batch, begin + column_C, num_tokens, kv_head, num_kv_heads, dim_D, head_dim,
+            cores_R * group_size, row_R + 1, q_RD, factor, largest_R, total_R, out_RD, True, PRECISION,
+        )  # fmt: skip
+    for begin in range(high, whole, COLUMNS):
+        largest_R, total_R, out_RD = _add_tile(
+            k_ptr, v_ptr, batch, begin + column_C, num_tokens, kv_head, num_kv_heads, dim_D, head_dim,
+            cores_R * group_size, row_R + 1, q_RD, factor, largest_R, total_R, out_RD, False, PRECISION,
+        )  # fmt: skip
+    for begin in range(whole, end, COLUMNS):
         largest_R, total_R, out_RD = _add_tile(
             k_ptr, v_ptr, batch, begin + column_C, num_tokens, kv_head, num_kv_heads, dim_D, head_dim,
             cores_R * group_size, row_R + 1, q_RD, factor, largest_R, total_R, out_RD, True, PRECISION,

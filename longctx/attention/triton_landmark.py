@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from longctx.attention.landmark_blocks import Blocks
+from longctx.attention.triton_landmark_tiles import differentiate_tile, load_rows, own_scores, score_tile, spread
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -44,7 +45,8 @@ class _Tables:
         is_begin[1:] = blocks.first_S[blocks.starts_M][1:] != blocks.first_S[blocks.starts_M][:-1]
         begins = torch.cat([blocks.starts_M[is_begin], torch.tensor([num_tokens])])
         document = is_begin.cumsum(0) - 1
-        self.starts_M, self.ends_M = move(blocks.starts_M), move(begins[document + 1])  # of its document, in tokens
+        self.starts_M1 = move(torch.cat([blocks.starts_M, torch.tensor([num_tokens])]))
+        self.ends_M = move(begins[document + 1])  # of a block's document, in tokens
 
 
 class _TritonLandmark(torch.autograd.Function):
@@ -85,7 +87,7 @@ class _Launch:
         size = tables.size
         is_wide = padded_dim > 128 or q.element_size() == 4
         num_columns = max(size, 32 if is_wide else 64)
-        self.tables = tables.block_S, tables.first_S, tables.seen_S, tables.lengths_M, tables.starts_M, tables.ends_M
+        self.tables = tables.block_S, tables.first_S, tables.seen_S, tables.lengths_M, tables.starts_M1, tables.ends_M
         self.sizes = num_tokens, tables.num_blocks, num_heads, num_heads // num_kv_heads, head_dim, scale
         precision = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
         common: dict[str, Any] = {
@@ -101,32 +103,35 @@ class _Launch:
 
 
 @triton.jit
-def _load_rows(ptr, row_R, num_rows, head, num_heads, dim_D, head_dim):
-    """``[R, D]`` of ``[num_rows, num_heads, head_dim]``."""
-    at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
-    return tl.load(ptr + at_RD, mask=(row_R < num_rows)[:, None] & (dim_D < head_dim)[None, :], other=0.0)
-
-
-@triton.jit
-def _split(
-    scores_RC, block_M, lengths_M, block_R, first_R, seen_R, R: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """A tile's scores, in base 2, as ``[R, M, P]``: those of each block's landmark, which blocks are seen through it,
-    exponentials of their own softmax and its sums, and the scores of what is seen directly."""
-    scores_RMP = tl.reshape(scores_RC, (R, BLOCKS, SLOTS))
-    slot_P = tl.arange(0, SLOTS)
-    landmark_RM = tl.sum(tl.where((slot_P == SLOTS - 1)[None, None, :], scores_RMP, 0.0), 2)
-    is_earlier_RM = (block_M[None, :] < block_R[:, None]) & (block_M[None, :] >= first_R[:, None])
-    is_own_RM = block_M[None, :] == block_R[:, None]
-    is_normal_MP = slot_P[None, :] < lengths_M[:, None]
-    inner_RMP = tl.where(is_normal_MP[None, :, :], scores_RMP, float("-inf"))
-    largest_RM = tl.max(inner_RMP, 2)
-    largest_RM = tl.where(largest_RM == float("-inf"), 0.0, largest_RM)
-    inner_RMP = tl.exp2(inner_RMP - largest_RM[:, :, None])
-    total_RM = tl.maximum(tl.sum(inner_RMP, 2), 1e-30)
-    is_seen_RMP = is_own_RM[:, :, None] & (slot_P[None, None, :] < seen_R[:, None, None])
-    own_RMP = tl.where(is_seen_RMP, scores_RMP, float("-inf"))
-    return landmark_RM, is_earlier_RM, inner_RMP / total_RM[:, :, None], own_RMP
+def _add_tile(
+    q_RD, k_ptr, v_ptr, length_ptr, begin, num_blocks, kv_head, num_kv_heads, head_dim, block_R, first_R, seen_R,
+    factor, largest_R, total_R, out_RD, HAS_OWN: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over a tile of blocks."""
+    dim_D, key_C = tl.arange(0, DIM), begin * SLOTS + tl.arange(0, BLOCKS * SLOTS)
+    k_CD = load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    scores_RC, landmark_RM, inner_RC, sum_RM = score_tile(
+        q_RD, k_CD, length_ptr, begin, num_blocks, factor, ROWS, SLOTS, BLOCKS, PRECISION
+    )
+    at_M = begin + tl.arange(0, BLOCKS)
+    is_earlier_RM = (at_M[None, :] < block_R[:, None]) & (at_M[None, :] >= first_R[:, None])
+    new_R = tl.maximum(largest_R, tl.max(tl.where(is_earlier_RM, landmark_RM, float("-inf")), 1))
+    if HAS_OWN:
+        own_RC = own_scores(scores_RC, begin, block_R, seen_R, SLOTS, BLOCKS)
+        new_R = tl.maximum(new_R, tl.max(own_RC, 1))
+    shift_R = tl.where(new_R == float("-inf"), 0.0, new_R)
+    gate_RM = tl.where(is_earlier_RM, tl.exp2(landmark_RM - shift_R[:, None]), 0.0)
+    weights_RC = inner_RC * spread(gate_RM / sum_RM, ROWS, SLOTS, BLOCKS)
+    kept_R = tl.exp2(largest_R - shift_R)
+    total_R = total_R * kept_R + tl.sum(gate_RM, 1)
+    if HAS_OWN:
+        own_RC = tl.exp2(own_RC - shift_R[:, None])
+        weights_RC += own_RC
+        total_R += tl.sum(own_RC, 1)
+    v_CD = load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    out_RD = out_RD * kept_R[:, None] + tl.dot(weights_RC.to(v_CD.dtype), v_CD, input_precision=PRECISION)
+    return new_R, total_R, out_RD
 
 
 @triton.jit
@@ -154,42 +159,31 @@ def _forward(
     DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Late queries see most: they are begun first.
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    row_R = row + tl.arange(0, ROWS)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # late queries see most: they are begun first
+    row_R, dim_D = row + tl.arange(0, ROWS), tl.arange(0, DIM)
     head = tl.program_id(1)
     kv_head, num_kv_heads = head // group_size, num_heads // group_size
-    dim_D, slot_C, block_M = tl.arange(0, DIM), tl.arange(0, BLOCKS * SLOTS), tl.arange(0, BLOCKS)
     is_row_R = row_R < num_tokens
     block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
     first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
     seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
-    q_RD = _load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    q_RD = load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
     factor = scale * LOG2_E
     largest_R = tl.full((ROWS,), float("-inf"), tl.float32)
     total_R = tl.zeros((ROWS,), tl.float32)
     out_RD = tl.zeros((ROWS, DIM), tl.float32)
-    last = tl.load(block_ptr + tl.minimum(row + ROWS, num_tokens) - 1)
-    for begin in range(tl.load(first_ptr + row), last + 1, BLOCKS):
-        key_C = begin * SLOTS + slot_C
-        k_CD = _load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
-        v_CD = _load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
-        scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
-        at_M = begin + block_M
-        lengths_M = tl.load(length_ptr + at_M, mask=at_M < num_blocks, other=0)
-        landmark_RM, is_earlier_RM, inner_RMP, own_RMP = _split(
-            scores_RC, at_M, lengths_M, block_R, first_R, seen_R, ROWS, SLOTS, BLOCKS
-        )
-        candidate_RM = tl.where(is_earlier_RM, landmark_RM, tl.max(own_RMP, 2))
-        new_R = tl.maximum(largest_R, tl.max(candidate_RM, 1))
-        shift_R = tl.where(new_R == float("-inf"), 0.0, new_R)
-        gate_RM = tl.where(is_earlier_RM, tl.exp2(landmark_RM - shift_R[:, None]), 0.0)
-        weights_RMP = gate_RM[:, :, None] * inner_RMP + tl.exp2(own_RMP - shift_R[:, None, None])
-        weights_RC = tl.reshape(weights_RMP, (ROWS, BLOCKS * SLOTS))
-        kept_R = tl.exp2(largest_R - shift_R)
-        total_R = total_R * kept_R + tl.sum(weights_RC, 1)
-        out_RD = out_RD * kept_R[:, None] + tl.dot(weights_RC.to(v_CD.dtype), v_CD, input_precision=PRECISION)
-        largest_R = new_R
+    first, last = tl.load(first_ptr + row), tl.load(block_ptr + tl.minimum(row + ROWS, num_tokens) - 1)
+    own = first + (tl.load(block_ptr + row) - first) // BLOCKS * BLOCKS  # before it no query's own block lies
+    for begin in range(first, own, BLOCKS):
+        largest_R, total_R, out_RD = _add_tile(
+            q_RD, k_ptr, v_ptr, length_ptr, begin, num_blocks, kv_head, num_kv_heads, head_dim, block_R, first_R,
+            seen_R, factor, largest_R, total_R, out_RD, False, ROWS, SLOTS, BLOCKS, DIM, PRECISION,
+        )  # fmt: skip
+    for begin in range(own, last + 1, BLOCKS):
+        largest_R, total_R, out_RD = _add_tile(
+            q_RD, k_ptr, v_ptr, length_ptr, begin, num_blocks, kv_head, num_kv_heads, head_dim, block_R, first_R,
+            seen_R, factor, largest_R, total_R, out_RD, True, ROWS, SLOTS, BLOCKS, DIM, PRECISION,
+        )  # fmt: skip
     total_R = tl.where(is_row_R, total_R, 1.0)
     tl.store(lse_ptr + head * num_tokens + row_R, largest_R + tl.log2(total_R), mask=is_row_R)
     at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
@@ -198,44 +192,43 @@ def _forward(
 
 
 @triton.jit
-def _gradients(
-    q_RD,
-    k_CD,
-    v_CD,
-    dout_RD,
-    lse_R,
-    delta_R,
-    at_M,
-    lengths_M,
-    block_R,
-    first_R,
-    seen_R,
-    factor,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile's weights and the gradients of its scores, both ``[R, C]``."""
-    scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
-    landmark_RM, is_earlier_RM, inner_RMP, own_RMP = _split(
-        scores_RC, at_M, lengths_M, block_R, first_R, seen_R, ROWS, SLOTS, BLOCKS
-    )
-    gate_RM = tl.where(is_earlier_RM, tl.exp2(landmark_RM - lse_R[:, None]), 0.0)
-    own_RMP = tl.exp2(own_RMP - lse_R[:, None, None])
-    dweights_RC = tl.dot(dout_RD, tl.trans(v_CD), input_precision=PRECISION)
-    dweights_RMP = tl.reshape(dweights_RC, (ROWS, BLOCKS, SLOTS))
-    mean_RM = tl.sum(inner_RMP * dweights_RMP, 2)
-    weights_RMP = gate_RM[:, :, None] * inner_RMP
-    dscores_RMP = weights_RMP * (dweights_RMP - mean_RM[:, :, None])
-    dscores_RMP += own_RMP * (dweights_RMP - delta_R[:, None, None])
-    is_landmark_P = tl.arange(0, SLOTS) == SLOTS - 1
-    dlandmark_RM = gate_RM * (mean_RM - delta_R[:, None])
-    dscores_RMP = tl.where(is_landmark_P[None, None, :], dlandmark_RM[:, :, None], dscores_RMP)
-    return (
-        tl.reshape(weights_RMP + own_RMP, (ROWS, BLOCKS * SLOTS)),
-        tl.reshape(dscores_RMP, (ROWS, BLOCKS * SLOTS)),
-    )
+def _add_queries_tile(
+    q_RD, k_ptr, v_ptr, dout_RD, lse_R, delta_R, length_ptr, begin, num_blocks, kv_head, num_kv_heads, head_dim,
+    block_R, first_R, seen_R, factor, dq_RD, HAS_OWN: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    dim_D, key_C = tl.arange(0, DIM), begin * SLOTS + tl.arange(0, BLOCKS * SLOTS)
+    k_CD = load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    v_CD = load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    _, dscores_RC = differentiate_tile(
+        q_RD, k_CD, v_CD, dout_RD, lse_R, delta_R, length_ptr, begin, num_blocks, block_R, first_R, seen_R, factor,
+        HAS_OWN, ROWS, SLOTS, BLOCKS, PRECISION,
+    )  # fmt: skip
+    return dq_RD + tl.dot(dscores_RC.to(k_CD.dtype), k_CD, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_keys_tile(
+    q_ptr, k_CD, v_CD, dout_ptr, lse_ptr, delta_ptr, block_ptr, first_ptr, seen_ptr, length_ptr, low, end, num_tokens,
+    begin, num_blocks, head, num_heads, head_dim, factor, dk_CD, dv_CD, HAS_OWN: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row_R, dim_D = low + tl.arange(0, ROWS), tl.arange(0, DIM)
+    is_row_R = row_R < end
+    block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
+    first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
+    seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
+    q_RD = load_rows(q_ptr, row_R, end, head, num_heads, dim_D, head_dim)
+    dout_RD = load_rows(dout_ptr, row_R, end, head, num_heads, dim_D, head_dim)
+    lse_R = tl.load(lse_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
+    delta_R = tl.load(delta_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
+    weights_RC, dscores_RC = differentiate_tile(
+        q_RD, k_CD, v_CD, dout_RD, lse_R, delta_R, length_ptr, begin, num_blocks, block_R, first_R, seen_R, factor,
+        HAS_OWN, ROWS, SLOTS, BLOCKS, PRECISION,
+    )  # fmt: skip
+    dv_CD += tl.dot(tl.trans(weights_RC.to(dout_RD.dtype)), dout_RD, input_precision=PRECISION)
+    dk_CD += tl.dot(tl.trans(dscores_RC.to(q_RD.dtype)), q_RD, input_precision=PRECISION)
+    return dk_CD, dv_CD
 
 
 @triton.jit
@@ -266,45 +259,31 @@ def _backward_queries(
     PRECISION: tl.constexpr,
 ):
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    row_R = row + tl.arange(0, ROWS)
+    row_R, dim_D = row + tl.arange(0, ROWS), tl.arange(0, DIM)
     head = tl.program_id(1)
     kv_head, num_kv_heads = head // group_size, num_heads // group_size
-    dim_D, slot_C, block_M = tl.arange(0, DIM), tl.arange(0, BLOCKS * SLOTS), tl.arange(0, BLOCKS)
     is_row_R = row_R < num_tokens
     block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
     first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
     seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
-    q_RD = _load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
-    dout_RD = _load_rows(dout_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    q_RD = load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    dout_RD = load_rows(dout_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
     lse_R = tl.load(lse_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
     delta_R = tl.load(delta_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
+    factor = scale * LOG2_E
     dq_RD = tl.zeros((ROWS, DIM), tl.float32)
-    last = tl.load(block_ptr + tl.minimum(row + ROWS, num_tokens) - 1)
-    for begin in range(tl.load(first_ptr + row), last + 1, BLOCKS):
-        key_C = begin * SLOTS + slot_C
-        k_CD = _load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
-        v_CD = _load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
-        at_M = begin + block_M
-        lengths_M = tl.load(length_ptr + at_M, mask=at_M < num_blocks, other=0)
-        _, dscores_RC = _gradients(
-            q_RD,
-            k_CD,
-            v_CD,
-            dout_RD,
-            lse_R,
-            delta_R,
-            at_M,
-            lengths_M,
-            block_R,
-            first_R,
-            seen_R,
-            scale * LOG2_E,
-            ROWS,
-            SLOTS,
-            BLOCKS,
-            PRECISION,
-        )
-        dq_RD += tl.dot(dscores_RC.to(k_CD.dtype), k_CD, input_precision=PRECISION)
+    first, last = tl.load(first_ptr + row), tl.load(block_ptr + tl.minimum(row + ROWS, num_tokens) - 1)
+    own = first + (tl.load(block_ptr + row) - first) // BLOCKS * BLOCKS
+    for begin in range(first, own, BLOCKS):
+        dq_RD = _add_queries_tile(
+            q_RD, k_ptr, v_ptr, dout_RD, lse_R, delta_R, length_ptr, begin, num_blocks, kv_head, num_kv_heads,
+            head_dim, block_R, first_R, seen_R, factor, dq_RD, False, ROWS, SLOTS, BLOCKS, DIM, PRECISION,
+        )  # fmt: skip
+    for begin in range(own, last + 1, BLOCKS):
+        dq_RD = _add_queries_tile(
+            q_RD, k_ptr, v_ptr, dout_RD, lse_R, delta_R, length_ptr, begin, num_blocks, kv_head, num_kv_heads,
+            head_dim, block_R, first_R, seen_R, factor, dq_RD, True, ROWS, SLOTS, BLOCKS, DIM, PRECISION,
+        )  # fmt: skip
     at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
     dq_RD = (dq_RD * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + at_RD, dq_RD, mask=is_row_R[:, None] & (dim_D < head_dim)[None, :])
@@ -341,47 +320,28 @@ def _backward_keys(
     begin, kv_head = tl.program_id(0) * BLOCKS, tl.program_id(1)
     num_kv_heads = num_heads // group_size
     dim_D, key_C = tl.arange(0, DIM), begin * SLOTS + tl.arange(0, BLOCKS * SLOTS)
-    at_M = begin + tl.arange(0, BLOCKS)
-    is_block_M = at_M < num_blocks
-    lengths_M = tl.load(length_ptr + at_M, mask=is_block_M, other=0)
-    start = tl.load(start_ptr + begin)
+    k_CD = load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    v_CD = load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    factor = scale * LOG2_E
+    start, behind = tl.load(start_ptr + begin), tl.load(start_ptr + tl.minimum(begin + BLOCKS, num_blocks))
     end = tl.load(end_ptr + tl.minimum(begin + BLOCKS, num_blocks) - 1)
-    k_CD = _load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
-    v_CD = _load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    own = start + (behind - start + ROWS - 1) // ROWS * ROWS  # from it on no query's own block is here
     dk_CD = tl.zeros((BLOCKS * SLOTS, DIM), tl.float32)
     dv_CD = tl.zeros((BLOCKS * SLOTS, DIM), tl.float32)
     for member in range(group_size):
         head = kv_head * group_size + member
-        for low in range(start, end, ROWS):
-            row_R = low + tl.arange(0, ROWS)
-            is_row_R = row_R < end
-            block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
-            first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
-            seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
-            q_RD = _load_rows(q_ptr, row_R, end, head, num_heads, dim_D, head_dim)
-            dout_RD = _load_rows(dout_ptr, row_R, end, head, num_heads, dim_D, head_dim)
-            lse_R = tl.load(lse_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
-            delta_R = tl.load(delta_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
-            weights_RC, dscores_RC = _gradients(
-                q_RD,
-                k_CD,
-                v_CD,
-                dout_RD,
-                lse_R,
-                delta_R,
-                at_M,
-                lengths_M,
-                block_R,
-                first_R,
-                seen_R,
-                scale * LOG2_E,
-                ROWS,
-                SLOTS,
-                BLOCKS,
-                PRECISION,
-            )
-            dv_CD += tl.dot(tl.trans(weights_RC.to(dout_RD.dtype)), dout_RD, input_precision=PRECISION)
-            dk_CD += tl.dot(tl.trans(dscores_RC.to(q_RD.dtype)), q_RD, input_precision=PRECISION)
+        for low in range(start, own, ROWS):
+            dk_CD, dv_CD = _add_keys_tile(
+                q_ptr, k_CD, v_CD, dout_ptr, lse_ptr, delta_ptr, block_ptr, first_ptr, seen_ptr, length_ptr, low, end,
+                num_tokens, begin, num_blocks, head, num_heads, head_dim, factor, dk_CD, dv_CD, True, ROWS, SLOTS,
+                BLOCKS, DIM, PRECISION,
+            )  # fmt: skip
+        for low in range(own, end, ROWS):
+            dk_CD, dv_CD = _add_keys_tile(
+                q_ptr, k_CD, v_CD, dout_ptr, lse_ptr, delta_ptr, block_ptr, first_ptr, seen_ptr, length_ptr, low, end,
+                num_tokens, begin, num_blocks, head, num_heads, head_dim, factor, dk_CD, dv_CD, False, ROWS, SLOTS,
+                BLOCKS, DIM, PRECISION,
+            )  # fmt: skip
     at_CD = (key_C.to(tl.int64)[:, None] * num_kv_heads + kv_head) * head_dim + dim_D[None, :]
     is_element_CD = (key_C < num_blocks * SLOTS)[:, None] & (dim_D < head_dim)[None, :]
     tl.store(dk_ptr + at_CD, (dk_CD * scale).to(dk_ptr.dtype.element_ty), mask=is_element_CD)
