@@ -117,8 +117,8 @@ def _add_tile(
     at_M = begin + tl.arange(0, BLOCKS)
     is_earlier_RM = (at_M[None, :] < block_R[:, None]) & (at_M[None, :] >= first_R[:, None])
     new_R = tl.maximum(largest_R, tl.max(tl.where(is_earlier_RM, landmark_RM, float("-inf")), 1))
+    own_RC = own_scores(scores_RC, begin, block_R, seen_R, SLOTS, BLOCKS)  # compiled away where it is not used
     if HAS_OWN:
-        own_RC = own_scores(scores_RC, begin, block_R, seen_R, SLOTS, BLOCKS)
         new_R = tl.maximum(new_R, tl.max(own_RC, 1))
     shift_R = tl.where(new_R == float("-inf"), 0.0, new_R)
     gate_RM = tl.where(is_earlier_RM, tl.exp2(landmark_RM - shift_R[:, None]), 0.0)

@@ -42,8 +42,8 @@ def score_tile(
     q_RD, k_CD, length_ptr, begin, num_blocks, factor,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's scores in base 2; those of its landmarks ``[R, M]``; exponentials of each block's own softmax ``[R, C]``,
-    not divided yet, and their sums ``[R, M]``."""
+    """A tile's scores in base 2; those of its landmarks ``[R, M]``; exponentials of each block's own softmax, not
+    divided yet, ``[R, C]``, and their sums ``[R, M]``."""
     slot_C, block_C = tl.arange(0, BLOCKS * SLOTS) % SLOTS, begin + tl.arange(0, BLOCKS * SLOTS) // SLOTS
     length_C = tl.load(length_ptr + block_C, mask=block_C < num_blocks, other=0)
     scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
