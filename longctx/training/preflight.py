@@ -146,6 +146,15 @@ def _check_evaluation(config: TrainConfig) -> None:
         )
 
 
+def _check_trace(config: TrainConfig) -> None:
+    missing = [step for step in config.logger.trace_steps if not 1 <= step <= config.train.num_steps]
+    if missing:
+        raise ConfigError(
+            f"logger.trace_steps={list(config.logger.trace_steps)} is not allowed: there is no step {missing[0]}; 1 "
+            f"to train.num_steps, {config.train.num_steps}"
+        )
+
+
 def _check_sf(config: TrainConfig) -> None:
     if config.attention.name == "sf":
         check_sf(config.attention)
@@ -156,5 +165,6 @@ _CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
     _check_length,
     _check_offload,
     _check_evaluation,
+    _check_trace,
     _check_sf,
 )

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[3]
         (["deepspeed.zero_stage=2", "deepspeed.offload_params=true"], "it takes stage 3"),
         (["train.activation_offload=true", "train.activation_checkpointing=false"], "activation_checkpointing=true"),
         (["train.eval_every=5"], "without data.eval_path"),
+        (["logger.trace_steps=[0,3]"], "there is no step 0; 1 to train.num_steps, 100"),
+        (["logger.trace_steps=[1,500]"], "there is no step 500"),
         (["attention=sf", "attention.group_size=8", "attention.sink_tokens=5"], "at most half of .*group_size, 4"),
     ],
 )
