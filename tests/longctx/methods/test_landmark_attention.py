@@ -50,7 +50,7 @@ def test_outputs_and_gradients_are_the_formulas(name, heads, dtype, most, tile, 
 
 
 def test_gradcheck():
-    (q, k, v, _), is_landmark, bounds = make_inputs("packed", (4, 2), 3, torch.float64)
+    (q, k, v, _), is_landmark, bounds = make_inputs("packed", (2, 1), 2, torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     assert torch.autograd.gradcheck(
         lambda *x: longctx.landmark_attention(*x, is_landmark=is_landmark, cu_seqlens=bounds), inputs
