@@ -7,11 +7,9 @@ put into them; CCA forward, with its cores pooled. Methods take turns, medians o
 """
 
 import argparse
-import datetime
 import json
 import logging
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import longctx
-from benchmarks.machine import REPOSITORY, describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run, keep_result
 
 logger = logging.getLogger(__name__)
 
@@ -103,19 +101,12 @@ def main() -> None:
     sizes = {"group_size": arguments.group_size, "window": arguments.window}
     cells += [("cca", num, sizes) for num in arguments.cca_tokens]
     content = {
-        "benchmark": "attention_methods_gpu",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.attention_methods_gpu", *sys.argv[1:]]),
-        **describe_commit(),
-        "hardware": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("attention_methods_gpu"),
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"},
         "cells": [measure(name, num, own, arguments.rounds) for name, num, own in cells],
     }
-    text = json.dumps(content, indent=1)
-    print(text)
-    if arguments.save:
-        (REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json").write_text(text + "\n")
+    print(json.dumps(content, indent=1))
+    keep_result(content, arguments.save)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Seconds to a training's first step on a machine without a compiler: the demo model, defaults, one rank, on CPUs.
 
-python -m benchmarks.first_step [--tokens 2048] [--rounds 5] [--output first-step.json]
+python -m benchmarks.first_step [--tokens 2048] [--rounds 5] [--save first-step]
 
 Ways are launchers times element types, in turns. ``from_command_s`` counts from the command's start to the line of its
 first step, ``from_rank_s`` from the start of the rank's process. PATH holds what it held before, compilers left out.
@@ -18,11 +18,10 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run, keep_result
 from benchmarks.report import round_floats
 
 COMPILER = re.compile(r"(.*-)?(gcc|g\+\+|cc|c\+\+|clang|clang\+\+|c89|c99|tcc|icx|nvcc)(-[\d.]+)?")
@@ -86,11 +85,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["auto"])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("first-step.json"))
+    parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
     args = parser.parse_args()
     ways = list(itertools.product(args.launchers, args.dtypes))
     times: dict[str, list[dict[str, float]]] = {" ".join(way): [] for way in ways}
-    machine = describe_machine()
+    started = describe_run("first_step")
     with tempfile.TemporaryDirectory() as root:
         path = strip_compilers(Path(root) / "bin")
         for turn, (launcher, dtype) in itertools.product(range(args.rounds), ways):
@@ -99,11 +98,7 @@ def main() -> None:
             seconds = measure(launcher, dtype, num_tokens=args.tokens, path=path, folder=folder)
             times[f"{launcher} {dtype}"].append(seconds)
             print(launcher, dtype, round_floats(seconds), file=sys.stderr)
-    result: dict[str, Any] = {
-        "benchmark": "first_step",
-        "commit": describe_commit(),
-        "machine": machine,
-        "versions": describe_versions(),
+    content = started | {
         "num_tokens": args.tokens,
         "limit_s": 10.0,
         "ways": {
@@ -111,7 +106,8 @@ def main() -> None:
             for way, rounds in times.items()
         },
     }
-    args.output.write_text(json.dumps(round_floats(result), indent=2) + "\n")
+    print(json.dumps(round_floats(content), indent=1))
+    keep_result(round_floats(content), args.save)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ grant until the lease has committed, when every byte is in place and verified. R
 """
 
 import argparse
-import datetime
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import REPOSITORY, describe_commit, describe_machine, describe_versions
+from benchmarks.machine import REPOSITORY, describe_run, keep_result
 from benchmarks.networks import TOPOLOGIES, Network, make_network
 
 logger = logging.getLogger(__name__)
@@ -49,20 +48,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # namespaces are removed then too
     content = {
-        "benchmark": "kv_shipping",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.kv_shipping", *sys.argv[1:]]),
-        **describe_commit(),
-        "hardware": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("kv_shipping"),
         "networks": [
             run_network(arguments, topology, mbit) for mbit in arguments.mbit for topology in arguments.topologies
         ],
     }
-    text = json.dumps(content, indent=1)
-    print(text)
-    if arguments.save:
-        (REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json").write_text(text + "\n")
+    print(json.dumps(content, indent=1))
+    keep_result(content, arguments.save)
 
 
 def run_network(arguments: argparse.Namespace, topology: str, mbit: float) -> dict[str, Any]:

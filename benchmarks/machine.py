@@ -1,14 +1,35 @@
-"""What a result was measured on and with."""
+"""What a result was measured on and with, and where it is kept."""
 
+import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "ray", "flash-attn", "triton")
+
+
+def describe_run(benchmark: str) -> dict[str, Any]:
+    """How every result begins: ``benchmark`` is a module here."""
+    return {
+        "benchmark": benchmark,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join([f"python -m benchmarks.{benchmark}", *sys.argv[1:]]),
+        **describe_commit(),
+        "hardware": describe_machine(),
+        "versions": describe_versions(),
+    }
+
+
+def keep_result(content: dict[str, Any], name: str | None) -> None:
+    """Write ``benchmarks/results/NAME.json``, if there is a name."""
+    if name:
+        (REPOSITORY / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -7,7 +7,6 @@ run all engines take turns, each round in another order; a time is the slowest r
 """
 
 import argparse
-import datetime
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hidden_communication import describe_hidden
-from benchmarks.machine import REPOSITORY, describe_commit, describe_machine, describe_versions
+from benchmarks.machine import REPOSITORY, describe_run, describe_versions, keep_result
 from benchmarks.networks import TOPOLOGIES, Network, make_network
 from parallel.plans import PLANS
 
@@ -58,21 +57,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # namespaces are removed then too
     content = {
-        "benchmark": "sequence_parallel",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.sequence_parallel", *sys.argv[1:]]),
-        **describe_commit(),
-        "hardware": describe_machine(),
+        **describe_run("sequence_parallel"),
         "versions": describe_versions() | _peer_versions(),
         "world_size": arguments.world_size,
         "networks": [
             run_network(arguments, topology, mbit) for mbit, topology in product(arguments.mbit, arguments.topologies)
         ],
     }
-    text = json.dumps(content, indent=1)
-    print(text)
-    if arguments.save:
-        (REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json").write_text(text + "\n")
+    print(json.dumps(content, indent=1))
+    keep_result(content, arguments.save)
 
 
 def run_network(arguments: argparse.Namespace, topology: str, mbit: float) -> dict[str, Any]:

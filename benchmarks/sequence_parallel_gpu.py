@@ -10,12 +10,10 @@ Forward only.
 """
 
 import argparse
-import datetime
 import json
 import logging
 import random
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import REPOSITORY, describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run, keep_result
 from parallel.links import LinkModel
 from parallel.mask import Mask
 from parallel.merge import choose_merge, merge_partial_
@@ -72,21 +70,14 @@ def main() -> None:
     device = torch.device(arguments.device)
     kernel = choose_kernel(device, DTYPES[arguments.dtype], arguments.head_dim, arguments.kernel)
     content = {
-        "benchmark": "sequence_parallel_gpu",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.sequence_parallel_gpu", *sys.argv[1:]]),
-        **describe_commit(),
-        "hardware": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("sequence_parallel_gpu"),
         "settings": {key: value for key, value in vars(arguments).items() if key != "save"},
         "kernel": type(kernel).__name__,
         "merge": choose_merge(device.type).__name__,
         "cells": [cell for mask in arguments.masks for cell in run_mask(arguments, mask, kernel)],
     }
-    text = json.dumps(content, indent=1)
-    print(text)
-    if arguments.save:
-        (REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json").write_text(text + "\n")
+    print(json.dumps(content, indent=1))
+    keep_result(content, arguments.save)
 
 
 def run_mask(arguments: argparse.Namespace, mask_name: str, kernel: TileKernel) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ it takes two in a step: its tokens count twice.
 """
 
 import argparse
-import datetime
 import json
 import logging
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.machine import REPOSITORY, describe_commit, describe_machine, describe_versions
+from benchmarks.machine import REPOSITORY, describe_run, keep_result
 from benchmarks.processes import ProcessTree
 
 logger = logging.getLogger(__name__)
@@ -168,19 +167,12 @@ def main() -> None:
             for length in arguments.lengths
         ]
     content = {
-        "benchmark": "training",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),
-        **describe_commit(),
-        "hardware": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("training"),
         "settings": {key: value for key, value in vars(arguments).items() if key != "save"},
         "cells": cells,
     }
-    text = json.dumps(content, indent=1)
-    print(text)
-    if arguments.save:
-        (REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json").write_text(text + "\n")
+    print(json.dumps(content, indent=1))
+    keep_result(content, arguments.save)
 
 
 if __name__ == "__main__":

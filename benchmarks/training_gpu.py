@@ -7,19 +7,17 @@ document, activation checkpointing, nothing offloaded. A step takes minutes: one
 """
 
 import argparse
-import datetime
 import json
 import logging
 import random
 import string
-import sys
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.machine import REPOSITORY, describe_commit, describe_machine, describe_versions
+from benchmarks.machine import describe_run, keep_result
 from benchmarks.training import add_end_token
 from longctx.config import compose
 from longctx.errors import LongctxError
@@ -96,12 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     content = {
-        "benchmark": "training_gpu",
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.training_gpu", *sys.argv[1:]]),
-        **describe_commit(),
-        "hardware": describe_machine(),
-        "versions": describe_versions(),
+        **describe_run("training_gpu"),
         "model": arguments.model,
         "contexts": [],
     }
@@ -109,9 +102,7 @@ def main() -> None:
         for num_tokens in arguments.contexts:
             content["contexts"].append(measure(arguments, num_tokens, Path(name)))
             logger.info("%s", content["contexts"][-1])
-            if arguments.save:  # after each: the next may not end
-                path = REPOSITORY / "benchmarks" / "results" / f"{arguments.save}.json"
-                path.write_text(json.dumps(content, indent=1) + "\n")
+            keep_result(content, arguments.save)  # after each: the next may not end
     print(json.dumps(content, indent=1))
 
 
