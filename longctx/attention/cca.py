@@ -15,7 +15,6 @@ from itertools import pairwise
 import torch
 
 from longctx.attention.arguments import check_tensors, document_bounds
-from longctx.attention.cca_parts import attend_in_parts
 from parallel.tile_attention import accumulator_dtype
 
 Rope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -146,7 +145,7 @@ def attend_cores(
     if not q.numel():
         return torch.empty_like(q)
     if q.device.type == "cuda" and q.dtype != torch.float64:
-        from longctx.attention.triton_cca import attend_cores_with_triton
-
-        return attend_cores_with_triton(q, k, v, core_k, core_v, group_size, window, scale)
-    return attend_in_parts(q, k, v, core_k, core_v, group_size, window, scale)
+        from longctx.attention.triton_cca import AttendWithTriton as Attend
+    else:
+        from longctx.attention.cca_parts import AttendInParts as Attend
+    return Attend.apply(q, k, v, core_k, core_v, group_size, window, scale)

@@ -23,21 +23,9 @@ from parallel.tile_attention import (
 )
 
 
-def attend_in_parts(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    core_k: torch.Tensor,
-    core_v: torch.Tensor,
-    group_size: int,
-    window: int,
-    scale: float,
-) -> torch.Tensor:
-    """``longctx.attention.cca.attend_cores`` with dense attention's kernels, on any device."""
-    return _InParts.apply(q, k, v, core_k, core_v, group_size, window, scale)
+class AttendInParts(torch.autograd.Function):
+    """Arguments and result of ``longctx.attention.cca.attend_cores``, on any device."""
 
-
-class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, core_k: Any, core_v: Any, *sizes: Any) -> torch.Tensor:
         out, lse = _Parts(q, k, v, core_k, core_v, *sizes).forward()

@@ -14,24 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
+from longctx.attention.triton_rows import load_rows, store_rows
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def attend_cores_with_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    core_k: torch.Tensor,
-    core_v: torch.Tensor,
-    group_size: int,
-    window: int,
-    scale: float,
-) -> torch.Tensor:
-    """``longctx.attention.cca.attend_cores`` on a GPU; products in the tensors' dtype, sums in float32."""
-    return _TritonCca.apply(q, k, v, core_k, core_v, group_size, window, scale)
+class AttendWithTriton(torch.autograd.Function):
+    """Arguments and result of ``longctx.attention.cca.attend_cores``, on a GPU; products in the tensors' dtype, sums in
+    float32."""
 
-
-class _TritonCca(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, core_k: Any, core_v: Any, *sizes: Any) -> torch.Tensor:
         tensors = [x.contiguous() for x in (q, k, v, core_k, core_v)]
@@ -86,28 +77,12 @@ class _Launch:
 
 
 @triton.jit
-def _load_rows(ptr, batch, row_R, num_rows, head, num_heads, dim_D, head_dim):
-    """``[R, D]`` of ``[batch, num_rows, num_heads, head_dim]``."""
-    at_R = (batch.to(tl.int64) * num_rows + row_R) * num_heads + head
-    is_there_RD = (row_R < num_rows)[:, None] & (dim_D < head_dim)[None, :]
-    return tl.load(ptr + at_R[:, None] * head_dim + dim_D[None, :], mask=is_there_RD, other=0.0)
-
-
-@triton.jit
-def _store_rows(ptr, value_RD, batch, row_R, num_rows, head, num_heads, dim_D, head_dim):
-    at_R = (batch.to(tl.int64) * num_rows + row_R) * num_heads + head
-    is_there_RD = (row_R < num_rows)[:, None] & (dim_D < head_dim)[None, :]
-    value_RD = value_RD.to(ptr.dtype.element_ty)
-    tl.store(ptr + at_R[:, None] * head_dim + dim_D[None, :], value_RD, mask=is_there_RD)
-
-
-@triton.jit
 def _add_tile(
     k_ptr, v_ptr, batch, key_C, num_keys, head, num_heads, dim_D, head_dim,
     low_R, stop_R, q_RD, factor, largest_R, total_R, out_RD, IS_MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys from ``low_R`` up to ``stop_R``."""
-    k_CD = _load_rows(k_ptr, batch, key_C, num_keys, head, num_heads, dim_D, head_dim)
+    k_CD = load_rows(k_ptr, batch, key_C, num_keys, head, num_heads, dim_D, head_dim)
     scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
     if IS_MASKED:
         is_seen_RC = (key_C[None, :] >= low_R[:, None]) & (key_C[None, :] < stop_R[:, None])
@@ -116,7 +91,7 @@ def _add_tile(
     shift_R = tl.where(new_R == float("-inf"), 0.0, new_R)
     weights_RC = tl.exp2(scores_RC - shift_R[:, None])
     kept_R = tl.exp2(largest_R - shift_R)
-    v_CD = _load_rows(v_ptr, batch, key_C, num_keys, head, num_heads, dim_D, head_dim)
+    v_CD = load_rows(v_ptr, batch, key_C, num_keys, head, num_heads, dim_D, head_dim)
     out_RD = out_RD * kept_R[:, None] + tl.dot(weights_RC.to(v_CD.dtype), v_CD, input_precision=PRECISION)
     return new_R, total_R * kept_R + tl.sum(weights_RC, 1), out_RD
 
@@ -149,7 +124,7 @@ def _forward(
     end = tl.minimum(row + ROWS, num_tokens)
     cores_R = tl.maximum(row_R + 1 - window, 0) // group_size
     least, most = tl.maximum(row + 1 - window, 0) // group_size, tl.maximum(end - window, 0) // group_size
-    q_RD = _load_rows(q_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    q_RD = load_rows(q_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
     factor = scale * LOG2_E
     largest_R = tl.full((ROWS,), float("-inf"), tl.float32)
     total_R = tl.zeros((ROWS,), tl.float32)
@@ -187,7 +162,7 @@ def _forward(
     total_R = tl.where(row_R < num_tokens, total_R, 1.0)
     at_R = (batch.to(tl.int64) * num_heads + head) * num_tokens + row_R
     tl.store(lse_ptr + at_R, largest_R + tl.log2(total_R), mask=row_R < num_tokens)
-    _store_rows(out_ptr, out_RD / total_R[:, None], batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    store_rows(out_ptr, out_RD / total_R[:, None], batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
 
 
 @triton.jit
@@ -231,8 +206,8 @@ def _backward_queries(
     end = tl.minimum(row + ROWS, num_tokens)
     cores_R = tl.maximum(row_R + 1 - window, 0) // group_size
     least, most = tl.maximum(row + 1 - window, 0) // group_size, tl.maximum(end - window, 0) // group_size
-    q_RD = _load_rows(q_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
-    dout_RD = _load_rows(dout_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    q_RD = load_rows(q_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    dout_RD = load_rows(dout_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
     at_R = (batch.to(tl.int64) * num_heads + head) * num_tokens + row_R
     lse_R = tl.load(lse_ptr + at_R, mask=row_R < num_tokens, other=0.0)
     delta_R = tl.load(delta_ptr + at_R, mask=row_R < num_tokens, other=0.0)
@@ -240,19 +215,19 @@ def _backward_queries(
     dq_RD = tl.zeros((ROWS, DIM), tl.float32)
     for begin in range(0, most, COLUMNS):
         key_C = begin + column_C
-        k_CD = _load_rows(core_k_ptr, batch, key_C, num_cores, kv_head, num_kv_heads, dim_D, head_dim)
-        v_CD = _load_rows(core_v_ptr, batch, key_C, num_cores, kv_head, num_kv_heads, dim_D, head_dim)
+        k_CD = load_rows(core_k_ptr, batch, key_C, num_cores, kv_head, num_kv_heads, dim_D, head_dim)
+        v_CD = load_rows(core_v_ptr, batch, key_C, num_cores, kv_head, num_kv_heads, dim_D, head_dim)
         is_seen_RC = key_C[None, :] < cores_R[:, None]
         _, dscores_RC = _gradients(q_RD, k_CD, v_CD, dout_RD, lse_R, delta_R, is_seen_RC, factor, PRECISION)
         dq_RD += tl.dot(dscores_RC.to(k_CD.dtype), k_CD, input_precision=PRECISION)
     for begin in range(least * group_size, end, COLUMNS):
         key_C = begin + column_C
-        k_CD = _load_rows(k_ptr, batch, key_C, num_tokens, kv_head, num_kv_heads, dim_D, head_dim)
-        v_CD = _load_rows(v_ptr, batch, key_C, num_tokens, kv_head, num_kv_heads, dim_D, head_dim)
+        k_CD = load_rows(k_ptr, batch, key_C, num_tokens, kv_head, num_kv_heads, dim_D, head_dim)
+        v_CD = load_rows(v_ptr, batch, key_C, num_tokens, kv_head, num_kv_heads, dim_D, head_dim)
         is_seen_RC = (key_C[None, :] >= cores_R[:, None] * group_size) & (key_C[None, :] <= row_R[:, None])
         _, dscores_RC = _gradients(q_RD, k_CD, v_CD, dout_RD, lse_R, delta_R, is_seen_RC, factor, PRECISION)
         dq_RD += tl.dot(dscores_RC.to(k_CD.dtype), k_CD, input_precision=PRECISION)
-    _store_rows(dq_ptr, dq_RD * scale, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    store_rows(dq_ptr, dq_RD * scale, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
 
 
 @triton.jit
@@ -282,8 +257,8 @@ def _backward_keys(
     begin, kv_head, batch = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2)
     num_kv_heads = num_heads // members
     dim_D, key_C = tl.arange(0, DIM), begin + tl.arange(0, COLUMNS)
-    k_CD = _load_rows(k_ptr, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)
-    v_CD = _load_rows(v_ptr, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)
+    k_CD = load_rows(k_ptr, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)
+    v_CD = load_rows(v_ptr, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)
     if IS_CORE:  # a core is seen from the query on that has it window behind it
         start = (begin + 1) * group_size + window - 1
         end = num_tokens
@@ -296,8 +271,8 @@ def _backward_keys(
         head = kv_head * members + member
         for low in range(start, end, ROWS):
             row_R = low + tl.arange(0, ROWS)
-            q_RD = _load_rows(q_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
-            dout_RD = _load_rows(dout_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+            q_RD = load_rows(q_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+            dout_RD = load_rows(dout_ptr, batch, row_R, num_tokens, head, num_heads, dim_D, head_dim)
             at_R = (batch.to(tl.int64) * num_heads + head) * num_tokens + row_R
             lse_R = tl.load(lse_ptr + at_R, mask=row_R < num_tokens, other=0.0)
             delta_R = tl.load(delta_ptr + at_R, mask=row_R < num_tokens, other=0.0)
@@ -312,5 +287,5 @@ def _backward_keys(
             )
             dv_CD += tl.dot(tl.trans(weights_RC.to(dout_RD.dtype)), dout_RD, input_precision=PRECISION)
             dk_CD += tl.dot(tl.trans(dscores_RC.to(q_RD.dtype)), q_RD, input_precision=PRECISION)
-    _store_rows(dk_ptr, dk_CD * scale, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)
-    _store_rows(dv_ptr, dv_CD, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)
+    store_rows(dk_ptr, dk_CD * scale, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)
+    store_rows(dv_ptr, dv_CD, batch, key_C, num_keys, kv_head, num_kv_heads, dim_D, head_dim)

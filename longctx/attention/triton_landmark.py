@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from longctx.attention.landmark_blocks import Blocks
-from longctx.attention.triton_landmark_tiles import differentiate_tile, load_rows, own_scores, score_tile, spread
+from longctx.attention.triton_landmark_tiles import differentiate_tile, own_scores, score_tile, spread
+from longctx.attention.triton_rows import load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -98,8 +99,8 @@ class _Launch:
         }
         self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
         self.backward = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
-        self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads)
-        self.key_grid = lambda meta: (triton.cdiv(tables.num_blocks, meta["BLOCKS"]), num_kv_heads)
+        self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads, 1)
+        self.key_grid = lambda meta: (triton.cdiv(tables.num_blocks, meta["BLOCKS"]), num_kv_heads, 1)
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def _add_tile(
 ):  # fmt: skip
     """Online softmax over a tile of blocks."""
     dim_D, key_C = tl.arange(0, DIM), begin * SLOTS + tl.arange(0, BLOCKS * SLOTS)
-    k_CD = load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    k_CD = load_rows(k_ptr, tl.program_id(2), key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
     scores_RC, landmark_RM, inner_RC, sum_RM = score_tile(
         q_RD, k_CD, length_ptr, begin, num_blocks, factor, ROWS, SLOTS, BLOCKS, PRECISION
     )
@@ -129,7 +130,7 @@ def _add_tile(
         own_RC = tl.exp2(own_RC - shift_R[:, None])
         weights_RC += own_RC
         total_R += tl.sum(own_RC, 1)
-    v_CD = load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    v_CD = load_rows(v_ptr, tl.program_id(2), key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
     out_RD = out_RD * kept_R[:, None] + tl.dot(weights_RC.to(v_CD.dtype), v_CD, input_precision=PRECISION)
     return new_R, total_R, out_RD
 
@@ -167,7 +168,7 @@ def _forward(
     block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
     first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
     seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
-    q_RD = load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    q_RD = load_rows(q_ptr, tl.program_id(2), row_R, num_tokens, head, num_heads, dim_D, head_dim)
     factor = scale * LOG2_E
     largest_R = tl.full((ROWS,), float("-inf"), tl.float32)
     total_R = tl.zeros((ROWS,), tl.float32)
@@ -186,9 +187,8 @@ def _forward(
         )  # fmt: skip
     total_R = tl.where(is_row_R, total_R, 1.0)
     tl.store(lse_ptr + head * num_tokens + row_R, largest_R + tl.log2(total_R), mask=is_row_R)
-    at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
-    out_RD = (out_RD / total_R[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at_RD, out_RD, mask=is_row_R[:, None] & (dim_D < head_dim)[None, :])
+    out_RD /= total_R[:, None]
+    store_rows(out_ptr, out_RD, tl.program_id(2), row_R, num_tokens, head, num_heads, dim_D, head_dim)
 
 
 @triton.jit
@@ -198,8 +198,8 @@ def _add_queries_tile(
     ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dim_D, key_C = tl.arange(0, DIM), begin * SLOTS + tl.arange(0, BLOCKS * SLOTS)
-    k_CD = load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
-    v_CD = load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    k_CD = load_rows(k_ptr, tl.program_id(2), key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    v_CD = load_rows(v_ptr, tl.program_id(2), key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
     _, dscores_RC = differentiate_tile(
         q_RD, k_CD, v_CD, dout_RD, lse_R, delta_R, length_ptr, begin, num_blocks, block_R, first_R, seen_R, factor,
         HAS_OWN, ROWS, SLOTS, BLOCKS, PRECISION,
@@ -218,8 +218,8 @@ def _add_keys_tile(
     block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
     first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
     seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
-    q_RD = load_rows(q_ptr, row_R, end, head, num_heads, dim_D, head_dim)
-    dout_RD = load_rows(dout_ptr, row_R, end, head, num_heads, dim_D, head_dim)
+    q_RD = load_rows(q_ptr, tl.program_id(2), row_R, end, head, num_heads, dim_D, head_dim)
+    dout_RD = load_rows(dout_ptr, tl.program_id(2), row_R, end, head, num_heads, dim_D, head_dim)
     lse_R = tl.load(lse_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
     delta_R = tl.load(delta_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
     weights_RC, dscores_RC = differentiate_tile(
@@ -266,8 +266,8 @@ def _backward_queries(
     block_R = tl.load(block_ptr + row_R, mask=is_row_R, other=-1)
     first_R = tl.load(first_ptr + row_R, mask=is_row_R, other=num_blocks)
     seen_R = tl.load(seen_ptr + row_R, mask=is_row_R, other=0)
-    q_RD = load_rows(q_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
-    dout_RD = load_rows(dout_ptr, row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    q_RD = load_rows(q_ptr, tl.program_id(2), row_R, num_tokens, head, num_heads, dim_D, head_dim)
+    dout_RD = load_rows(dout_ptr, tl.program_id(2), row_R, num_tokens, head, num_heads, dim_D, head_dim)
     lse_R = tl.load(lse_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
     delta_R = tl.load(delta_ptr + head * num_tokens + row_R, mask=is_row_R, other=0.0)
     factor = scale * LOG2_E
@@ -284,9 +284,7 @@ def _backward_queries(
             q_RD, k_ptr, v_ptr, dout_RD, lse_R, delta_R, length_ptr, begin, num_blocks, kv_head, num_kv_heads,
             head_dim, block_R, first_R, seen_R, factor, dq_RD, True, ROWS, SLOTS, BLOCKS, DIM, PRECISION,
         )  # fmt: skip
-    at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
-    dq_RD = (dq_RD * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + at_RD, dq_RD, mask=is_row_R[:, None] & (dim_D < head_dim)[None, :])
+    store_rows(dq_ptr, dq_RD * scale, tl.program_id(2), row_R, num_tokens, head, num_heads, dim_D, head_dim)
 
 
 @triton.jit
@@ -320,8 +318,8 @@ def _backward_keys(
     begin, kv_head = tl.program_id(0) * BLOCKS, tl.program_id(1)
     num_kv_heads = num_heads // group_size
     dim_D, key_C = tl.arange(0, DIM), begin * SLOTS + tl.arange(0, BLOCKS * SLOTS)
-    k_CD = load_rows(k_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
-    v_CD = load_rows(v_ptr, key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    k_CD = load_rows(k_ptr, tl.program_id(2), key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
+    v_CD = load_rows(v_ptr, tl.program_id(2), key_C, num_blocks * SLOTS, kv_head, num_kv_heads, dim_D, head_dim)
     factor = scale * LOG2_E
     start, behind = tl.load(start_ptr + begin), tl.load(start_ptr + tl.minimum(begin + BLOCKS, num_blocks))
     end = tl.load(end_ptr + tl.minimum(begin + BLOCKS, num_blocks) - 1)
@@ -342,7 +340,6 @@ def _backward_keys(
                 num_tokens, begin, num_blocks, head, num_heads, head_dim, factor, dk_CD, dv_CD, False, ROWS, SLOTS,
                 BLOCKS, DIM, PRECISION,
             )  # fmt: skip
-    at_CD = (key_C.to(tl.int64)[:, None] * num_kv_heads + kv_head) * head_dim + dim_D[None, :]
-    is_element_CD = (key_C < num_blocks * SLOTS)[:, None] & (dim_D < head_dim)[None, :]
-    tl.store(dk_ptr + at_CD, (dk_CD * scale).to(dk_ptr.dtype.element_ty), mask=is_element_CD)
-    tl.store(dv_ptr + at_CD, dv_CD.to(dv_ptr.dtype.element_ty), mask=is_element_CD)
+    batch, num_slots = tl.program_id(2), num_blocks * SLOTS
+    store_rows(dk_ptr, dk_CD * scale, batch, key_C, num_slots, kv_head, num_kv_heads, dim_D, head_dim)
+    store_rows(dv_ptr, dv_CD, batch, key_C, num_slots, kv_head, num_kv_heads, dim_D, head_dim)

@@ -8,13 +8,6 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(ptr, row_R, num_rows, head, num_heads, dim_D, head_dim):
-    """``[R, D]`` of ``[num_rows, num_heads, head_dim]``."""
-    at_RD = (row_R.to(tl.int64)[:, None] * num_heads + head) * head_dim + dim_D[None, :]
-    return tl.load(ptr + at_RD, mask=(row_R < num_rows)[:, None] & (dim_D < head_dim)[None, :], other=0.0)
-
-
-@triton.jit
 def _sum(x_RC, ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr):
     """Over the slots of each block: ``[R, M]``."""
     if BLOCKS == 1:

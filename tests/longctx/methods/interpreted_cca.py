@@ -9,8 +9,8 @@ import sys
 import torch
 
 from longctx.attention.cca import pool_cores
-from longctx.attention.cca_parts import attend_in_parts
-from longctx.attention.triton_cca import attend_cores_with_triton
+from longctx.attention.cca_parts import AttendInParts
+from longctx.attention.triton_cca import AttendWithTriton
 
 CASES = (  # batch, length, group, window, heads, kv heads, head dim
     (2, 150, 8, 20, 4, 2, 16),
@@ -39,10 +39,10 @@ def main() -> None:
             cores = pool_cores(*given, group_size, scale, core_position="last", head_pooling="weights")
             given += [cores.k, cores.v]
             exact = [x.double().requires_grad_() for x in given]
-            expected = attend_in_parts(*exact, group_size, window, scale)
+            expected = AttendInParts.apply(*exact, group_size, window, scale)
             expected.backward(dout.double())
             inputs = [x.to(device).requires_grad_() for x in given]
-            out = attend_cores_with_triton(*inputs, group_size, window, scale)
+            out = AttendWithTriton.apply(*inputs, group_size, window, scale)
             out.backward(dout.to(device))
             pairs = zip((out, *(x.grad for x in inputs)), (expected, *(x.grad for x in exact)), strict=True)
             errors = [((a.cpu().double() - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs]
