@@ -132,6 +132,7 @@ def test_a_runs_peak_is_within_a_tenth(tmp_path, overrides):
         "train.num_threads=1",
         "checkpoint.export=false",
         "logger.peak_flops=1e11",
+        "model.dtype=float32",
         *overrides,
     )
     launch_locally(config, stop=threading.Event())
