@@ -117,13 +117,15 @@ class Pages:
 
     async def _ask_health(self) -> Health:
         try:
-            return await asyncio.wait_for(self._backend.health(), ASK_TIMEOUT_S)
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                return await self._backend.health()
         except Exception as error:  # noqa: BLE001 - a backend that cannot say is not ready, and this page says so
             return Health(False, f"the workers do not answer: {error or type(error).__name__}")
 
     async def _ask_workers(self) -> list[WorkerStats]:
         try:
-            return await asyncio.wait_for(self._backend.worker_stats(), ASK_TIMEOUT_S)
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                return await self._backend.worker_stats()
         except Exception as error:  # noqa: BLE001 - what is known without them is still worth showing
             logger.warning("the workers' state is not known: %s", error or type(error).__name__)
             return []

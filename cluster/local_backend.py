@@ -79,7 +79,8 @@ class LocalBackend:
     async def worker_stats(self) -> list[WorkerStats]:
         """The engine's state between two steps."""
         stats = self._require_loop().call(self._engine.stats)
-        engine = await asyncio.wait_for(asyncio.wrap_future(stats), STATS_TIMEOUT_S)
+        async with asyncio.timeout(STATS_TIMEOUT_S):
+            engine = await asyncio.wrap_future(stats)
         return [WorkerStats(WORKER_NAME, "engine", engine, host=socket.gethostname(), pid=os.getpid())]
 
     def _require_loop(self) -> EngineLoop:

@@ -176,6 +176,7 @@ def make_flight(request: GenerationRequest) -> Flight:
 
 async def _within(timeout_s: float, answer: Awaitable[T], *, failure: str) -> T:
     try:
-        return await asyncio.wait_for(answer, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await answer
     except TimeoutError:
         raise WorkerLostError(f"{failure} {timeout_s:g} s") from None

@@ -101,12 +101,14 @@ class RankPeers:
 
     async def call_one(self, rank: int, method: str, *args: Any) -> Any:
         """What one of them answers."""
-        return await asyncio.wait_for(self._handles[rank - 1].call(method, *args), self._config.worker_timeout_s)
+        async with asyncio.timeout(self._config.worker_timeout_s):
+            return await self._handles[rank - 1].call(method, *args)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """What each answers, in rank order; raises what one of them raised, ``TimeoutError`` if one does not."""
         calls = [handle.call(method, *args) for handle in self._handles]
-        return await asyncio.wait_for(asyncio.gather(*calls), self._config.worker_timeout_s)
+        async with asyncio.timeout(self._config.worker_timeout_s):
+            return await asyncio.gather(*calls)
 
     async def unfollow(self) -> None:
         """Poll them no more: what they say from now on is not news."""
@@ -118,9 +120,8 @@ class RankPeers:
         """Let them go; a lost one is let be."""
         calls = [handle.call("close") for handle in self._handles]
         try:
-            results = await asyncio.wait_for(
-                asyncio.gather(*calls, return_exceptions=True), self._config.worker_timeout_s
-            )
+            async with asyncio.timeout(self._config.worker_timeout_s):
+                results = await asyncio.gather(*calls, return_exceptions=True)
         except TimeoutError:
             results = [TimeoutError("it did not answer")]
         for result in results:
@@ -138,7 +139,8 @@ class RankPeers:
         timeout_s = config.heartbeat_s + config.worker_timeout_s
         try:
             while True:
-                report: RankReport = await asyncio.wait_for(handle.call("poll", config.heartbeat_s), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    report: RankReport = await handle.call("poll", config.heartbeat_s)
                 if report.incarnation != incarnation:
                     raise WorkerLostError("it was restarted")
                 self._shipped[index] = report.bytes_shipped

@@ -86,7 +86,8 @@ class RankWorker:
         self._check()
         if not self._news.is_set():
             with contextlib.suppress(TimeoutError):  # the answer is itself a sign of life
-                await asyncio.wait_for(self._news.wait(), max_wait_s)
+                async with asyncio.timeout(max_wait_s):
+                    await self._news.wait()
         self._check()
         self._news.clear()
         arrivals = tuple(self._arrivals.popleft() for _ in range(len(self._arrivals)))

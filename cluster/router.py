@@ -197,7 +197,8 @@ class Router:
 
     async def _wait_for_change(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._change.wait(), FULL_WAIT_S)
+            async with asyncio.timeout(FULL_WAIT_S):
+                await self._change.wait()
 
     def _note_change(self) -> None:
         self._change.set()

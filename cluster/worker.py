@@ -113,7 +113,8 @@ class Worker(ABC):
         self._check_open()
         if not self._news.is_set():
             with contextlib.suppress(TimeoutError):  # the answer is itself a sign of life
-                await asyncio.wait_for(self._news.wait(), max_wait_s)
+                async with asyncio.timeout(max_wait_s):
+                    await self._news.wait()
         self._check_open()
         self._news.clear()
         deltas, finished = _drain(self._deltas), _drain(self._finished)

@@ -132,7 +132,8 @@ def test_a_text_that_has_begun_ends_in_an_error(folder, hit, num_decode):
                     seen.extend(deltas)
 
             with pytest.raises(WorkerLostError) as caught:
-                await asyncio.wait_for(read(), WAIT_S)
+                async with asyncio.timeout(WAIT_S):
+                    await read()
             api_error = to_api_error(caught.value)
             if num_decode == 1:  # nobody is left
                 with pytest.raises(NotReadyError, match="decode-0"):

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.config import ClusterConfig
 from cluster.handle import LocalHandle
 from cluster.openai_errors import to_api_error
+from cluster.peer import WorkerPeer
 from cluster.serving import NotReadyError
 from longctx.errors import WorkerLostError
 from tests.cluster.small_cluster import (
@@ -235,7 +237,8 @@ def test_what_waits_when_the_router_stops_ends_in_an_error(folder):
             tasks = [asyncio.create_task(cluster.answer(request)) for request in requests]
             await wait_until(lambda: cluster.router._num_waiting == 2)
             await cluster.router.stop()
-            return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10.0)
+            async with asyncio.timeout(10.0):
+                return await asyncio.gather(*tasks, return_exceptions=True)
 
     outcomes = asyncio.run(scenario())
     assert [type(outcome) for outcome in outcomes] == [NotReadyError] * 3
@@ -289,3 +292,27 @@ def test_stats_and_health_name_every_worker(folder):
 def test_the_router_loads_no_torch():
     code = "import sys, cluster.router; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_cancelled_poll_that_is_answered_at_the_same_moment_is_cancelled():
+    """A router that closes cancels its polls: one that went on would be waited for without end."""
+
+    class Worker:
+        name, role = "decode-0", "decode"
+
+        async def poll(self, max_wait_s):
+            await self.news
+
+    async def scenario():
+        worker = Worker()
+        worker.news = asyncio.get_running_loop().create_future()
+        peer = WorkerPeer(LocalHandle(worker), call_timeout_s=10.0)
+        task = asyncio.create_task(peer.poll(ClusterConfig()))
+        await asyncio.sleep(0.01)
+        worker.news.set_result(None)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=10.0)
+        return task.cancelled()
+
+    assert asyncio.run(scenario())
