@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from longctx.attention.config import AttentionConfig
 from longctx.engine.config import EngineConfig
 from longctx.machine import MachineConfig
 from longctx.models.config import ModelConfig
@@ -115,6 +116,7 @@ class ServeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig, metadata={"folder": "serve_attention"})
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

@@ -11,6 +11,7 @@ from cluster.config import ServeConfig
 from cluster.port import check_port
 from cluster.serving import ServedModel, describe_model
 from longctx.adapters.folder import choose_adapter
+from longctx.attention.config import choose_method
 from longctx.engine.config import parse_budget
 from longctx.errors import ConfigError
 from longctx.models.checkpoint import inspect_checkpoint
@@ -29,6 +30,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
+    choose_method(config.attention, spec)
     load_keys(config.server)
     config = _check_ranks(config)
     if config.ray.address is None:

@@ -140,7 +140,9 @@ class RankWorker:
         plan = cluster.group_of(self.role).plan
         shards = ShardGroup(group, self.node_id, PlanChoice(plan, start.links), cluster.call_timeout_s)
         make_pool = choose_sending_pool(transport) if self.role == "prefill" else None
-        rank = build_rank(self.config.model, self.config.engine, shards, make_pool=make_pool)
+        rank = build_rank(
+            self.config.model, self.config.engine, shards, attention=self.config.attention, make_pool=make_pool
+        )
         if self.role == "prefill":
             self._senders = open_senders(rank.pool, transport)
         elif cluster.num_prefill_workers:

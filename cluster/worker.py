@@ -206,7 +206,13 @@ class Worker(ABC):
             loop.call_soon_threadsafe(start, loop)
 
     async def _start_engine(self) -> Engine:
-        build = partial(build_engine, self.config.model, self.config.engine, make_pool=self._make_pool())
+        build = partial(
+            build_engine,
+            self.config.model,
+            self.config.engine,
+            attention=self.config.attention,
+            make_pool=self._make_pool(),
+        )
         if not self.ranks:
             return await self._build_engine(build)
         links, cluster = self.ranks.load_links(), self.config.cluster

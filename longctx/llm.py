@@ -10,6 +10,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Any, Self, cast
 
+from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.engine.engine import Engine
@@ -49,6 +50,7 @@ class LLM:
         model: Hugging Face checkpoint folder, or ``demo``.
         model_config: more about the model; its ``path`` is used unless ``model`` is given, too.
         engine_config: pages, batches and queues.
+        attention_config: which attention method runs, and how.
 
     Threads may share it: each of them computes steps for all. Close it, or use it as a context manager, to give the
     memory back.
@@ -60,11 +62,12 @@ class LLM:
         *,
         model_config: ModelConfig | None = None,
         engine_config: EngineConfig | None = None,
+        attention_config: AttentionConfig | None = None,
     ) -> None:
         config = model_config or ModelConfig()
         if model is not None:
             config = replace(config, path=str(model))
-        self._engine: Engine | None = build_engine(config, engine_config or EngineConfig())
+        self._engine: Engine | None = build_engine(config, engine_config or EngineConfig(), attention=attention_config)
         self._inboxes: dict[str, deque[OutputDelta]] = {}
         self._lock = threading.Lock()
 

@@ -15,13 +15,11 @@ from itertools import pairwise
 import torch
 
 from longctx.attention.arguments import check_tensors, document_bounds
+from longctx.models.attention_spec import CORE_POSITIONS, HEAD_POOLING
 from parallel.tile_attention import accumulator_dtype
 
 Rope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``(x [B, S, heads, D], positions)`` to x rotated; positions broadcast to x's first three dimensions."""
-
-CORE_POSITIONS = ("last", "middle", "mean")
-HEAD_POOLING = ("weights", "query")
 
 
 def cca_attention(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx.adapters.folder import choose_adapter
+from longctx.attention.config import choose_method
 from longctx.cli.generate_config import GenerateCommandConfig, GenerateConfig
 from longctx.errors import ConfigError
 from longctx.messages import SamplingParams
@@ -47,10 +48,11 @@ def generate(config: GenerateCommandConfig) -> int:
     """Run the command; returns the exit code."""
     options = config.generate
     text = _read_prompt(options)
-    choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
+    spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
+    choose_method(config.attention, spec)
     from longctx.llm import LLM  # seconds of torch and transformers, after what can be refused without them
 
-    with LLM(model_config=config.model, engine_config=config.engine) as llm:
+    with LLM(model_config=config.model, engine_config=config.engine, attention_config=config.attention) as llm:
         is_chat = options.chat == "true" or (options.chat == "auto" and llm.tokenizer.chat_template is not None)
         prompt = llm.encode_chat([{"role": "user", "content": text}]) if is_chat else llm.encode_prompt(text)
         _answer(llm, prompt, options)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from longctx.attention.config import AttentionConfig
 from longctx.engine.config import EngineConfig
 from longctx.models.config import ModelConfig
 from parallel.option import option
@@ -36,4 +37,5 @@ class GenerateCommandConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig, metadata={"folder": "serve_attention"})
     generate: GenerateConfig = field(default_factory=GenerateConfig)

@@ -13,6 +13,7 @@ import torch
 
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
+from longctx.attention.config import AttentionConfig, choose_method
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig, parse_budget
 from longctx.engine.engine import Engine
@@ -67,6 +68,7 @@ def build_engine(
     model_config: ModelConfig,
     engine_config: EngineConfig,
     *,
+    attention: AttentionConfig | None = None,
     make_pool: MakePool | None = None,
     random_weights_seed: int | None = None,
     shards: ShardGroup | None = None,
@@ -76,6 +78,7 @@ def build_engine(
     Args:
         model_config: which checkpoint, and how it runs.
         engine_config: pages, batches and queues; with ``shards``, of each rank.
+        attention: which method runs, and how; None: what the checkpoint was trained with.
         make_pool: makes the page pool from a layout and a number of pages, where its storage is not plain memory.
         random_weights_seed: make the weights up (benchmarks).
         shards: the ranks that share its sequences; this process is rank 0, the others call ``build_rank``.
@@ -85,7 +88,7 @@ def build_engine(
         ConfigError: naming the key, its value and what is allowed.
         ExchangeError: if a rank is lost.
     """
-    parts = _load(model_config, engine_config, make_pool, random_weights_seed, shards)
+    parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
     tokenizer = load_tokenizer(parts.spec, model_config.chat_template)
     decoder, pool = parts.decoder, parts.pool
     if shards is None:
@@ -127,22 +130,25 @@ def build_rank(
     engine_config: EngineConfig,
     shards: ShardGroup,
     *,
+    attention: AttentionConfig | None = None,
     make_pool: MakePool | None = None,
     random_weights_seed: int | None = None,
 ) -> ShardRank:
     """Another rank than 0 of a sharded engine, to be handed to ``follow``; see ``build_engine``."""
-    return _make_rank(_load(model_config, engine_config, make_pool, random_weights_seed, shards), shards)
+    return _make_rank(_load(model_config, engine_config, attention, make_pool, random_weights_seed, shards), shards)
 
 
 def _load(
     model_config: ModelConfig,
     engine_config: EngineConfig,
+    attention: AttentionConfig | None,
     make_pool: MakePool | None,
     random_weights_seed: int | None,
     shards: ShardGroup | None,
 ) -> _Parts:
     spec = inspect_checkpoint(model_config.path, require_weights=random_weights_seed is None)
     spec, adapter = choose_adapter(model_config.adapter, spec)
+    choose_method(attention or AttentionConfig(), spec)
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)

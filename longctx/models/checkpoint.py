@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import CheckpointError, ConfigError
+from longctx.models.attention_spec import AttentionSpec, read_attention
 from longctx.models.families import FAMILIES, expected_shapes
 from longctx.models.rope_config import count_context, read_rope
 from longctx.models.tensor_files import TensorEntry, check_tensors, read_json, read_tensor_entries
@@ -56,6 +57,7 @@ class ModelSpec:
     rope_parameters: Mapping[str, Any] = field(hash=False)
     tie_word_embeddings: bool
     num_parameters: int
+    attention: AttentionSpec | None = None  # what it was trained with; None: dense
 
 
 def inspect_checkpoint(path: str | Path, *, require_weights: bool = True) -> ModelSpec:
@@ -97,6 +99,7 @@ def inspect_checkpoint(path: str | Path, *, require_weights: bool = True) -> Mod
         rope_parameters=rope_parameters,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        attention=read_attention(folder, config),
     )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longctx.errors import CheckpointError
+from longctx.models.attention_spec import CCASpec, LandmarkSpec, read_attention, write_attention
 from longctx.models.checkpoint import inspect_checkpoint
 from longctx.models.loading import load_model
 from tests.tiny_checkpoints import FAMILIES, make_checkpoint
@@ -160,6 +161,40 @@ def test_config_refusals(folder: Path, changes: dict[str, Any], match: str) -> N
     with pytest.raises(CheckpointError, match=match) as caught:
         inspect_checkpoint(folder)
     assert str(folder) in str(caught.value)
+
+
+LANDMARK = {"name": "landmark", "block_size": 15, "landmark_token_id": 259}
+CCA = {"name": "cca", "group_size": 16, "window": 64}
+
+
+def test_attention_is_read_and_written(folder: Path) -> None:
+    assert inspect_checkpoint(folder).attention is None
+    for entry, spec in ((LANDMARK, LandmarkSpec(15, 259)), (CCA, CCASpec(16, 64))):
+        edit(folder / "config.json", longctx_attention=entry)
+        assert inspect_checkpoint(folder).attention == spec
+        assert read_attention(folder, {"vocab_size": 260} | write_attention(spec)) == spec
+        assert AutoConfig.from_pretrained(folder).longctx_attention == entry  # transformers passes it on
+    assert write_attention(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ("landmark", "landmark, cca"),
+        ({"name": "mamba"}, "landmark, cca"),
+        (LANDMARK | {"block_size": 0}, "block_size=0 .* at least 1"),
+        (LANDMARK | {"block_size": True}, "block_size=True .* at least 1"),
+        (LANDMARK | {"landmark_token_id": 260}, "below vocab_size, 260"),
+        (LANDMARK | {"top_k": 4}, "its keys are block_size, landmark_token_id"),
+        ({"name": "landmark", "block_size": 15}, "its keys are block_size, landmark_token_id"),
+        (CCA | {"window": "64"}, "window='64' .* at least 1"),
+        (CCA | {"core_position": "first"}, "core_position='first' .* last, middle, mean"),
+    ],
+)
+def test_attention_refusals(folder: Path, entry: Any, match: str) -> None:
+    edit(folder / "config.json", longctx_attention=entry)
+    with pytest.raises(CheckpointError, match=match):
+        inspect_checkpoint(folder)
 
 
 def remove_shard(folder: Path) -> None:
