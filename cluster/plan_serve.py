@@ -13,6 +13,7 @@ from cluster.config import PlanServeConfig
 from longctx.cli.plan_text import FILLED_SHARE, GIB, align, describe_parts
 from longctx.engine.config import EngineConfig
 from longctx.engine.memory_plan import ServingPlan, count_token_bytes, plan_serving_memory, prefill_flops
+from longctx.errors import ConfigError
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
 from longctx.training.flops import count_linear_weights
 
@@ -25,6 +26,10 @@ _SHORT_CONTEXT = 1024  # shown beside the longest
 def plan_serve(config: PlanServeConfig) -> int:
     """Print the plan; returns 0 if everything fits, else 1. Raises ``ConfigError``, ``CheckpointError`` as serving."""
     spec = inspect_checkpoint(config.model.path, require_weights=False)
+    if spec.attention is not None:
+        raise ConfigError(
+            f"{spec.name} was trained with {spec.attention.name} attention, whose memory and time are not planned yet"
+        )
     max_context = choose_context(spec, config.model.max_context)
     from longctx.machine_limits import find_limits  # loads torch: a mistake in the configuration is told before
 

@@ -14,6 +14,7 @@ from longctx.adapters.folder import choose_adapter
 from longctx.attention.config import choose_method
 from longctx.engine.config import parse_budget
 from longctx.errors import ConfigError
+from longctx.models.attention_spec import AttentionSpec, LandmarkSpec
 from longctx.models.checkpoint import inspect_checkpoint
 from parallel.links import load_links
 
@@ -30,7 +31,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
-    choose_method(config.attention, spec)
+    _check_method(choose_method(config.attention, spec), config)
     load_keys(config.server)
     config = _check_ranks(config)
     if config.ray.address is None:
@@ -59,6 +60,16 @@ def _check_ranks(config: ServeConfig) -> ServeConfig:
     except ValueError as error:
         raise ConfigError(f"cluster.links_file={cluster.links_file} is not allowed: {error}") from None
     return dataclasses.replace(config, cluster=dataclasses.replace(cluster, links_file=str(path)))
+
+
+def _check_method(method: AttentionSpec | None, config: ServeConfig) -> None:
+    cluster = config.cluster
+    if isinstance(method, LandmarkSpec) and (cluster.num_prefill_workers or cluster.decode.sp_degree > 1):
+        raise ConfigError(
+            f"cluster.num_prefill_workers={cluster.num_prefill_workers}, cluster.decode.sp_degree="
+            f"{cluster.decode.sp_degree} are not allowed: a model with landmark attention is served by workers of one "
+            "rank that compute prompts themselves; cluster=colocated"
+        )
 
 
 def _check_memory(config: ServeConfig) -> None:

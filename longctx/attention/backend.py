@@ -6,7 +6,7 @@ Shape legend: T tokens, S rows of ranges, H query heads, K KV heads, D head dim,
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,9 @@ class AttentionBackend(ABC):
     kv_order: str  # one of memory.layout.ORDERS
     page_sizes: tuple[int, ...]  # allowed, preferred first; empty: any
     max_group: int | None = None  # query heads per KV head at most; None: any number
+    depends_on_length = (
+        True  # whether positions are those in the sequence, as RoPE that depends on its length takes them
+    )
     graph_capturable = False  # whether decode runs without reading a tensor's values on the host
 
     @classmethod
@@ -68,6 +71,10 @@ class AttentionBackend(ABC):
         """
         return attend_key_ranges(q_SHD, shape, ranges, pool, first_kv_head=first_kv_head)
 
+    def lay_out(self, batch: PackedBatch) -> PackedBatch:
+        """What the method makes of a batch of text tokens before the model computes it."""
+        return batch
+
     def prepare(
         self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
     ) -> torch.Tensor:
@@ -79,6 +86,9 @@ class AttentionBackend(ABC):
             q, k = rms_norm(q, norm.q_weight, norm.eps), rms_norm(k, norm.k_weight, norm.eps)
         assert batch.cos_TD is not None and batch.sin_TD is not None
         q, k = rotate(q, batch.cos_TD, batch.sin_TD), rotate(k, batch.cos_TD, batch.sin_TD)
+        if batch.landmark is not None:  # whose rows have no slots
+            text = batch.landmark.text_rows
+            k, v, batch = k[text], v[text], replace(batch, slots_T=batch.slots_T[text])
         self.store(k, v, shape, batch)
         return q
 

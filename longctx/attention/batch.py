@@ -6,10 +6,14 @@ longest block table, D rotary dimensions, S query rows of ranges.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from memory.pages import PagePool
+
+if TYPE_CHECKING:
+    from longctx.attention.landmark_batch import LandmarkRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class PackedBatch:
 
     input_ids_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, position within the sequence
-    slots_T: torch.Tensor  # int64, page * page_size + offset of each token's KV
+    slots_T: torch.Tensor  # int64, page * page_size + offset of each token's KV; -1: it is not stored
     cu_seqlens_B1: torch.Tensor  # int32 [B + 1], segment borders in T
     kv_lens_B: torch.Tensor  # int32, keys of each sequence once this batch is stored
     block_tables_BP: torch.Tensor  # int32, page ids in sequence order, padded with 0
@@ -42,6 +46,7 @@ class PackedBatch:
     cos_TD: torch.Tensor | None = None  # float32, set by the decoder
     sin_TD: torch.Tensor | None = None
     on_layer: Callable[[int], None] | None = None  # called with a layer's index once its KV is stored
+    landmark: "LandmarkRows | None" = None  # of landmark attention
 
     @property
     def num_segments(self) -> int:

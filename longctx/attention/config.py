@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from longctx.errors import ConfigError
-from longctx.models.attention_spec import AttentionSpec
+from longctx.models.attention_spec import AttentionSpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec
 from parallel.option import option
 
 METHODS = ("auto", "dense", "landmark", "cca")
+GRANULARITIES = ("head_token", "token", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,18 @@ class AttentionConfig:
     """Which attention method runs, and how it is used at inference."""
 
     name: str = option("auto", "attention method; auto: what the checkpoint was trained with", choices=METHODS)
+    top_k: int = option(4, "blocks that a token retrieves (landmark)", minimum=1)
+    retrieval: str = option(
+        "head_token",
+        "who chooses them: each head for each token, all heads together, or each head for a block of tokens (landmark)",
+        choices=GRANULARITIES,
+    )
+    skip_below: float = option(
+        0.0,
+        "retrieve nothing where landmarks would get less than this share of the weight (landmark)",
+        minimum=0,
+        maximum=1,
+    )
 
 
 def choose_method(config: AttentionConfig, spec: ModelSpec) -> AttentionSpec | None:
@@ -28,6 +41,19 @@ def choose_method(config: AttentionConfig, spec: ModelSpec) -> AttentionSpec | N
         raise ConfigError(
             f"attention.name={config.name} is not allowed: {spec.name} was trained with {trained} attention; auto"
         )
-    if spec.attention is not None:
+    if isinstance(spec.attention, LandmarkSpec):
+        _check_landmark(config, spec, spec.attention)
+    elif spec.attention is not None:
         raise ConfigError(f"{spec.name} was trained with {trained} attention, which is not served yet")
     return spec.attention
+
+
+def _check_landmark(config: AttentionConfig, spec: ModelSpec, trained: LandmarkSpec) -> None:
+    most = spec.max_context // (trained.block_size + 1) - 2
+    if config.top_k > most:
+        raise ConfigError(
+            f"attention.top_k={config.top_k} is not allowed: at most {most}; {spec.name} takes {spec.max_context} "
+            f"positions, where so many of {trained.block_size} tokens and a landmark fit before a token's own one"
+        )
+    if any(window is not None for window in spec.sliding_windows):
+        raise ConfigError(f"{spec.name} has sliding windows, with which landmark attention is not supported")

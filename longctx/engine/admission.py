@@ -11,7 +11,13 @@ from longctx.messages import GenerationRequest
 
 
 def check_request(
-    request: GenerationRequest, *, vocab_size: int, max_context: int, model_context: int, max_sequences: int
+    request: GenerationRequest,
+    *,
+    vocab_size: int,
+    max_context: int,
+    model_context: int,
+    max_sequences: int,
+    hidden_token_id: int | None = None,
 ) -> Int64Array:
     """The prompt's token ids as an array.
 
@@ -21,6 +27,7 @@ def check_request(
         max_context: tokens of prompt and output together that fit the model and the pool.
         model_context: what would fit if the pool were large enough, for the error text.
         max_sequences: sequences one engine decodes together.
+        hidden_token_id: a token id that no prompt may have.
 
     Raises:
         RequestError: naming the field at fault, what it is and what is allowed.
@@ -33,6 +40,13 @@ def check_request(
             param="n",
         )
     prompt = _read_prompt(request.prompt_token_ids, vocab_size)
+    if hidden_token_id is not None and (prompt == hidden_token_id).any():
+        place = int(np.flatnonzero(prompt == hidden_token_id)[0])
+        raise RequestError(
+            f"prompt token id {hidden_token_id} at position {place} is not allowed: it is the landmark's, which the "
+            "engine puts in by itself",
+            param="prompt",
+        )
     if len(prompt) + 1 > max_context:
         limit = f"the context is {max_context} tokens, prompt and at least one new token together"
         if max_context < model_context:

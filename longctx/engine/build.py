@@ -14,10 +14,14 @@ import torch
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
 from longctx.attention.config import AttentionConfig, choose_method
+from longctx.attention.landmark_paged import LandmarkAttention
+from longctx.attention.landmark_retrieval import Retrieval
 from longctx.attention.registry import choose_attention
+from longctx.attention.torch_paged import TorchPagedAttention
 from longctx.engine.config import EngineConfig, parse_budget
 from longctx.engine.engine import Engine
 from longctx.errors import ConfigError
+from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
 from longctx.models.config import ModelConfig
 from longctx.models.loading import load_model
@@ -27,6 +31,7 @@ from longctx.shards.attention import ShardedAttention
 from longctx.shards.plans import PlanChoice
 from longctx.shards.rank import ShardRank
 from longctx.shards.runner import ShardRunner
+from memory.landmark_keys import LandmarkKeys
 from memory.layout import KVLayout
 from memory.pages import DTYPES, PagePool
 from memory.sharded_pages import ShardedPages
@@ -148,12 +153,18 @@ def _load(
 ) -> _Parts:
     spec = inspect_checkpoint(model_config.path, require_weights=random_weights_seed is None)
     spec, adapter = choose_adapter(model_config.adapter, spec)
-    choose_method(attention or AttentionConfig(), spec)
+    attention = attention or AttentionConfig()
+    method = choose_method(attention, spec)
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)
     backend = _choose_attention(model_config.attention, spec, device=device, dtype=dtype)
-    page_size = _choose_page_size(engine_config.page_size, backend)
+    if isinstance(method, LandmarkSpec):
+        if shards is not None:
+            raise ConfigError(f"{spec.name} has landmark attention: ranks that share sequences are not supported; 1")
+        backend, page_size = _choose_for_blocks(model_config.attention, backend, method, engine_config.page_size)
+    else:
+        page_size = _choose_page_size(engine_config.page_size, backend)
     num_sharing = 1 if shards is None else _count_on_node(shards)
     if device.type == "cpu":
         torch.set_num_threads(engine_config.num_threads or max(1, _count_cores() // num_sharing))
@@ -161,7 +172,8 @@ def _load(
     if shards is not None:
         backend = ShardedAttention(backend, shards.group.on_device(device), timeout_s=shards.timeout_s)
     decoder = PackedDecoder(loaded, backend)
-    decoder.rotary.reserve(max_context)
+    if method is None:
+        decoder.rotary.reserve(max_context)
     layout = decoder.layout(page_size)
     world_size = 1 if shards is None else shards.group.world_size
     num_pages = _count_pages(
@@ -169,6 +181,15 @@ def _load(
     )
     if shards is not None:
         num_pages = _agree_on_pages(shards, layout, num_pages)
+    if isinstance(method, LandmarkSpec):
+        decoder.backend = LandmarkAttention(
+            backend,
+            LandmarkKeys(layout, num_pages, device=device),
+            decoder.rotary,
+            spec=method,
+            retrieval=Retrieval(attention.top_k, attention.retrieval),
+            skip_below=attention.skip_below,
+        )
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
     return _Parts(spec, decoder, pool, max_context)
 
@@ -222,6 +243,24 @@ def _choose_attention(name: str, spec: ModelSpec, *, device: torch.device, dtype
         return choose_attention(name, device, dtype, spec.head_dim, group_size=group_size)
     except ValueError as error:
         raise ConfigError(f"model.attention={name!r} is not allowed: {error}") from error
+
+
+def _choose_for_blocks(
+    name: str, backend: AttentionBackend, method: LandmarkSpec, page_size: int | None
+) -> tuple[AttentionBackend, int]:
+    """An implementation whose pages can be landmark blocks, and their size."""
+    if page_size not in (None, method.block_size):
+        raise ConfigError(
+            f"engine.page_size={page_size} is not allowed: pages hold a landmark's block, {method.block_size} tokens"
+        )
+    if backend.page_sizes and method.block_size not in backend.page_sizes:
+        if name != "auto":
+            raise ConfigError(
+                f"model.attention={name!r} is not allowed: it has no pages of {method.block_size} tokens, a landmark's "
+                "block; auto or torch"
+            )
+        backend = TorchPagedAttention()
+    return backend, method.block_size
 
 
 def _choose_page_size(page_size: int | None, backend: AttentionBackend) -> int:

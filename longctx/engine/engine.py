@@ -21,7 +21,7 @@ from longctx.engine.rows import DecodeRows
 from longctx.engine.runner import Runner, make_local_runner
 from longctx.engine.sampling import Sampler
 from longctx.engine.scheduler import Chunk, Scheduler
-from longctx.engine.sequence import ActiveRequest, Int64Array, RopeLengths, Sequence
+from longctx.engine.sequence import INDEPENDENT, ActiveRequest, Int64Array, RopeLengths, Sequence
 from longctx.errors import QueueFullError, RequestError
 from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
 from longctx.models.packed import PackedDecoder
@@ -97,6 +97,7 @@ class Engine:
             max_context=self.max_context,
             model_context=self._model_context,
             max_sequences=self.config.max_sequences,
+            hidden_token_id=self.decoder.spec.hidden_token_id,
         )
 
     def add(self, request: GenerationRequest, *, export: KVExport | None = None) -> None:
@@ -318,4 +319,6 @@ class Engine:
 
 def _rope_lengths(decoder: PackedDecoder) -> RopeLengths:
     rotary = decoder.rotary
+    if not decoder.backend.depends_on_length:
+        return INDEPENDENT
     return RopeLengths(rotary.length_threshold, rotary.restart_length, is_binary=rotary.rope_type == "longrope")

@@ -42,7 +42,7 @@ typedef struct {
     const float *k_weight;
     const float *cos;          /* [T, R] */
     const float *sin;
-    const int64_t *slots;      /* [T] */
+    const int64_t *slots;      /* [T]; negative: its keys and values are not stored */
     void *q;                   /* [T, H, D], written by prepare, read by attend */
     void *out;                 /* [T, H * D]; float32 in a ranged call */
     char *k_pages;             /* this layer's K of page 0, from the first KV head that is attended on */
@@ -404,6 +404,7 @@ INLINE void prepare_typed(const int is_bf16, const layer_args *args, int64_t tok
         normalise_and_rotate(x, dim, args->q_weight, args->norm_eps, cos, sin, args->rotary_dim);
         for (int d = 0; d < dim; d += LANES) store(is_bf16, args->q, (token * heads + head) * dim + d, load_f32(x + d));
     }
+    if (args->slots[token] < 0) return;
     for (int64_t head = 0; head < kv_heads; head++) {
         const int64_t head_bytes = page * args->page_stride + (int64_t)dim * size * 4 / pair * head;
         read_head(is_bf16, args->qkv, row + (heads + head) * dim, dim, x);

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import CheckpointError, ConfigError
-from longctx.models.attention_spec import AttentionSpec, read_attention
+from longctx.models.attention_spec import AttentionSpec, LandmarkSpec, read_attention
 from longctx.models.families import FAMILIES, expected_shapes
 from longctx.models.rope_config import count_context, read_rope
 from longctx.models.tensor_files import TensorEntry, check_tensors, read_json, read_tensor_entries
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+LANDMARK_CONTEXT = 1 << 20  # tokens, unless model.max_context says otherwise or memory is too small
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -58,6 +59,11 @@ class ModelSpec:
     tie_word_embeddings: bool
     num_parameters: int
     attention: AttentionSpec | None = None  # what it was trained with; None: dense
+
+    @property
+    def hidden_token_id(self) -> int | None:
+        """The landmark's: the engine alone puts it in, and it is never generated."""
+        return self.attention.landmark_token_id if isinstance(self.attention, LandmarkSpec) else None
 
 
 def inspect_checkpoint(path: str | Path, *, require_weights: bool = True) -> ModelSpec:
@@ -120,7 +126,12 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def choose_context(spec: ModelSpec, max_context: int | None) -> int:
-    """``model.max_context``, or the checkpoint's limit; raises ``ConfigError`` if it is above that."""
+    """``model.max_context``, or the checkpoint's limit; raises ``ConfigError`` if it is above that.
+
+    Landmark attention has none: a token sees k earlier blocks at positions that were trained, wherever they are.
+    """
+    if isinstance(spec.attention, LandmarkSpec):
+        return max_context or LANDMARK_CONTEXT
     if max_context is not None and max_context > spec.max_context:
         raise ConfigError(
             f"model.max_context={max_context} is not allowed: {spec.name} takes at most {spec.max_context} tokens"

@@ -86,10 +86,7 @@ class PackedDecoder:
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Compute the batch, store its KV, and return float32 logits ``[R, V]`` of ``batch.logit_rows_R``.
-
-        Sets ``batch.cos_TD`` and ``batch.sin_TD``.
-        """
+        """Compute the batch, store its KV, and return float32 logits ``[R, V]`` of ``batch.logit_rows_R``."""
         hidden_RC = self.hidden(batch)
         return self.logits(hidden_RC)
 
@@ -98,11 +95,15 @@ class PackedDecoder:
         """Float32 ``[R, V]`` of what ``hidden`` returned."""
         if hidden_RC.shape[0] == 0:
             return hidden_RC.new_empty(0, self.spec.vocab_size, dtype=torch.float32)
-        return self._head(hidden_RC).float()
+        logits_RV = self._head(hidden_RC).float()
+        if self.spec.hidden_token_id is not None:
+            logits_RV[:, self.spec.hidden_token_id] = float("-inf")
+        return logits_RV
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """As ``forward``, up to the output matrix: normalised ``[R, C]``."""
+        batch = self.backend.lay_out(batch)
         attend, add_rms_norm, activate, eps = self.backend.forward, self.backend.add_rms_norm, self._activate, self._eps
         self.rotary.reserve(batch.max_kv_len)
         batch.cos_TD, batch.sin_TD = self.rotary.lookup(batch.positions_T, batch.rope_lens_T)
