@@ -12,11 +12,11 @@ from cluster.port import check_port
 from cluster.serving import ServedModel, describe_model
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.config import choose_method
-from longctx.engine.config import parse_budget
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, LandmarkSpec
 from longctx.models.checkpoint import inspect_checkpoint
 from parallel.links import load_links
+from parallel.option import parse_budget
 
 
 def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:

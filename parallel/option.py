@@ -78,6 +78,11 @@ def parse_size(value: str | int) -> int:
     return size
 
 
+def parse_budget(value: str | int) -> int | None:
+    """Bytes, or None for ``"auto"``; raises ``ValueError`` saying what is allowed."""
+    return None if value == "auto" else parse_size(value)
+
+
 def _problem(value: Any, metadata: Any) -> str:
     if value is None or "comment" not in metadata:
         return ""

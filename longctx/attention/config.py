@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec
-from parallel.option import option
+from parallel.option import option, parse_budget
 
 METHODS = ("auto", "dense", "landmark", "cca")
 GRANULARITIES = ("head_token", "token", "head")
@@ -22,6 +22,15 @@ class AttentionConfig:
         "who chooses them: each head for each token, all heads together, or each head for a block of tokens (landmark)",
         choices=GRANULARITIES,
     )
+    blocks: str = option(
+        "near",
+        "where blocks are: near (engine.kv_bytes), or below it, in host memory or a memory-mapped file (landmark)",
+        choices=("near", "host", "file"),
+    )
+    blocks_bytes: str = option(
+        "auto", "room for them below; auto: two full contexts, if half of what is free will do", parse=parse_budget
+    )
+    blocks_folder: str | None = option(None, "folder of the memory-mapped file; null: where temporary files go")
     skip_below: float = option(
         0.0,
         "retrieve nothing where landmarks would get less than this share of the weight (landmark)",

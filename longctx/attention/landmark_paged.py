@@ -12,6 +12,7 @@ Legend: T rows, L landmarks, H query heads, K KV heads, G = H / K, D head dim, k
 that see a block, B blocks that they see.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ from longctx.attention.landmark_retrieval import Choice, Retrieval, choose_block
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.rope import RotaryTable
 from memory.landmark_keys import LandmarkKeys
+from memory.tiered_pages import TieredPages
 
 SHORT_ROWS = 2  # rows of a segment that decodes: the token, and perhaps a landmark
 
@@ -38,6 +40,7 @@ class LandmarkAttention(AttentionBackend):
         spec: what the model was trained with; a page holds a block.
         retrieval: which blocks a token sees.
         skip_below: blocks are not looked at where all landmarks together would get less than this share.
+        tiers: where blocks are, if not all of them are near.
     """
 
     def __init__(
@@ -49,10 +52,11 @@ class LandmarkAttention(AttentionBackend):
         spec: LandmarkSpec,
         retrieval: Retrieval,
         skip_below: float = 0.0,
+        tiers: TieredPages | None = None,
     ) -> None:
         block_size = spec.block_size
         self.inner, self._keys, self._spec, self._block_size = inner, keys, spec, block_size
-        self._retrieval, self._skip_below = retrieval, skip_below
+        self._retrieval, self._skip_below, self._tiers = retrieval, skip_below, tiers
         self.name, self.kv_order = f"landmark ({inner.name})", inner.kv_order
         self.page_sizes, self.max_group = (block_size,), inner.max_group
         distance = torch.arange(retrieval.top_k + 2, device=rotary.device) * (block_size + 1)
@@ -68,8 +72,18 @@ class LandmarkAttention(AttentionBackend):
         return None
 
     def lay_out(self, batch: PackedBatch) -> PackedBatch:
-        """Put landmarks in."""
-        return insert_landmarks(batch, block_size=self._block_size, landmark_token_id=self._spec.landmark_token_id)
+        """Put landmarks in; with tiers, tokens go to the frames of the pages that they fill."""
+        batch = insert_landmarks(batch, block_size=self._block_size, landmark_token_id=self._spec.landmark_token_id)
+        if self._tiers is None:
+            return batch
+        rows, size, device = _rows_of(batch), self._block_size, batch.slots_T.device
+        slots = batch.slots_T.cpu()
+        pages, is_text = slots // size, slots >= 0
+        self._tiers.begin_step(pages[is_text].unique().tolist(), rows.landmark_pages_L.tolist())
+        frames = self._tiers.staged(pages.clamp_min(0))
+        table = self._tiers.staged(batch.block_tables_BP[:, : rows.num_blocks].cpu().long()).clamp_min(0)
+        rows.own.block_tables_BP = table.int().to(device)  # of own blocks, which are being filled
+        return replace(batch, slots_T=torch.where(is_text, frames * size + slots % size, -1).to(device))
 
     def store(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> None:
         raise AssertionError("prepare stores")
@@ -177,6 +191,8 @@ class LandmarkAttention(AttentionBackend):
         out_TKGD = own_THD.unflatten(1, q_TKGD.shape[1:3]) * torch.exp(own_TKG - total_TKG)[..., None]
         for head in range(shape.num_kv_heads):
             self._add_head(out_TKGD, head, q_TKGkD, page_TKGk, gates_TKGk, is_seen, shape, batch)
+        if self._tiers is not None:
+            self._tiers.end_layer(shape.layer_idx, page_TKGk[is_seen].unique().cpu())
         return out_TKGD.flatten(1, 2)
 
     def _add_head(
@@ -197,17 +213,40 @@ class LandmarkAttention(AttentionBackend):
         page_S, order = page_TKGk[row_S, head, group_S, rank_S].sort(stable=True)
         row_S, group_S, rank_S = row_S[order], group_S[order], rank_S[order]
         page_B, counts = page_S.unique_consecutive(return_counts=True)
-        borders = torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
-        first_S = torch.zeros(len(row_S), dtype=torch.int32, device=row_S.device)
-        ranges = KeyRanges(borders, page_B[:, None].int(), first_S, first_S + self._block_size)
-        one_head = replace(shape, num_heads=1, num_kv_heads=1)
         q_S1D = q_TKGkD[row_S, head, group_S, rank_S].unsqueeze(1)
-        seen_S1D, _ = self.inner.attend_ranges(q_S1D, one_head, ranges, batch.pool, first_kv_head=head)
-        weighted_SD = seen_S1D[:, 0] * gates_TKGk[row_S, head, group_S, rank_S][:, None]
+        seen_SD = self._see_whole(q_S1D, page_B, counts, head, shape, batch)
+        weighted_SD = seen_SD * gates_TKGk[row_S, head, group_S, rank_S][:, None]
         num_groups = out_TKGD.shape[2]
         flat = out_TKGD.new_zeros(len(out_TKGD) * num_groups, out_TKGD.shape[3])
         flat.index_add_(0, row_S * num_groups + group_S, weighted_SD)
         out_TKGD[:, head] += flat.unflatten(0, (-1, num_groups))
+
+    def _see_whole(
+        self,
+        q_S1D: torch.Tensor,
+        page_B: torch.Tensor,
+        counts_B: torch.Tensor,
+        head: int,
+        shape: AttentionShape,
+        batch: PackedBatch,
+    ) -> torch.Tensor:
+        """Attention ``[S, D]`` of rows to all of a block of one KV head each, the rows of a block after each other."""
+        border_B1 = torch.cat((counts_B.new_zeros(1), counts_B.cumsum(0)))
+        parts = [(slice(0, len(page_B)), page_B)] if self._tiers is None else self._look_at(page_B, shape)
+        one_head, seen = replace(shape, num_heads=1, num_kv_heads=1), []
+        for blocks, frame_B in parts:
+            borders = border_B1[blocks.start : blocks.stop + 1]
+            rows = q_S1D[int(borders[0]) : int(borders[-1])]
+            first_S = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
+            segments, table = (borders - borders[0]).int(), frame_B[:, None].int()
+            ranges = KeyRanges(segments, table, first_S, first_S + self._block_size)
+            seen.append(self.inner.attend_ranges(rows, one_head, ranges, batch.pool, first_kv_head=head)[0][:, 0])
+        return torch.cat(seen)
+
+    def _look_at(self, page_B: torch.Tensor, shape: AttentionShape) -> Iterator[tuple[slice, torch.Tensor]]:
+        assert self._tiers is not None
+        for part, frames in self._tiers.look_at(shape.layer_idx, page_B.cpu()):
+            yield part, frames.to(page_B.device)
 
 
 _CHOICE_DTYPES = (torch.int64, torch.bool, torch.int64)

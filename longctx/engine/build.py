@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -14,12 +15,10 @@ import torch
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
 from longctx.attention.config import AttentionConfig, choose_method
-from longctx.attention.landmark_paged import LandmarkAttention
-from longctx.attention.landmark_retrieval import Retrieval
 from longctx.attention.registry import choose_attention
-from longctx.attention.torch_paged import TorchPagedAttention
-from longctx.engine.config import EngineConfig, parse_budget
+from longctx.engine.config import EngineConfig
 from longctx.engine.engine import Engine
+from longctx.engine.landmark_build import choose_for_blocks, make_near_runner, make_tiers, take_landmarks
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
@@ -31,11 +30,12 @@ from longctx.shards.attention import ShardedAttention
 from longctx.shards.plans import PlanChoice
 from longctx.shards.rank import ShardRank
 from longctx.shards.runner import ShardRunner
-from memory.landmark_keys import LandmarkKeys
 from memory.layout import KVLayout
 from memory.pages import DTYPES, PagePool
 from memory.sharded_pages import ShardedPages
+from memory.tiered_pages import TieredPages
 from parallel.gloo_group import GlooGroup
+from parallel.option import parse_budget
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class _Parts:
     decoder: PackedDecoder
     pool: PagePool
     max_context: int
+    tiers: TieredPages | None = None  # whose near part the pool is
 
 
 def build_engine(
@@ -96,7 +97,16 @@ def build_engine(
     parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
     tokenizer = load_tokenizer(parts.spec, model_config.chat_template)
     decoder, pool = parts.decoder, parts.pool
-    if shards is None:
+    if parts.tiers is not None:
+        engine = Engine(
+            decoder,
+            parts.tiers,
+            tokenizer=tokenizer,
+            config=engine_config,
+            max_context=parts.max_context,
+            make_runner=partial(make_near_runner, decoder, pool),
+        )
+    elif shards is None:
         engine = Engine(decoder, pool, tokenizer=tokenizer, config=engine_config, max_context=parts.max_context)
     else:
         world_size, layout = shards.group.world_size, pool.layout
@@ -162,7 +172,7 @@ def _load(
     if isinstance(method, LandmarkSpec):
         if shards is not None:
             raise ConfigError(f"{spec.name} has landmark attention: ranks that share sequences are not supported; 1")
-        backend, page_size = _choose_for_blocks(model_config.attention, backend, method, engine_config.page_size)
+        backend, page_size = choose_for_blocks(model_config.attention, backend, method, engine_config.page_size)
     else:
         page_size = _choose_page_size(engine_config.page_size, backend)
     num_sharing = 1 if shards is None else _count_on_node(shards)
@@ -182,14 +192,10 @@ def _load(
     if shards is not None:
         num_pages = _agree_on_pages(shards, layout, num_pages)
     if isinstance(method, LandmarkSpec):
-        decoder.backend = LandmarkAttention(
-            backend,
-            LandmarkKeys(layout, num_pages, device=device),
-            decoder.rotary,
-            spec=method,
-            retrieval=Retrieval(attention.top_k, attention.retrieval),
-            skip_below=attention.skip_below,
-        )
+        tiers = make_tiers(attention, engine_config, layout, num_pages, device=device, max_context=max_context)
+        take_landmarks(decoder, method, attention, num_pages=num_pages, layout=layout, tiers=tiers)
+        if tiers is not None:
+            return _Parts(spec, decoder, tiers.near, max_context, tiers)
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
     return _Parts(spec, decoder, pool, max_context)
 
@@ -243,24 +249,6 @@ def _choose_attention(name: str, spec: ModelSpec, *, device: torch.device, dtype
         return choose_attention(name, device, dtype, spec.head_dim, group_size=group_size)
     except ValueError as error:
         raise ConfigError(f"model.attention={name!r} is not allowed: {error}") from error
-
-
-def _choose_for_blocks(
-    name: str, backend: AttentionBackend, method: LandmarkSpec, page_size: int | None
-) -> tuple[AttentionBackend, int]:
-    """An implementation whose pages can be landmark blocks, and their size."""
-    if page_size not in (None, method.block_size):
-        raise ConfigError(
-            f"engine.page_size={page_size} is not allowed: pages hold a landmark's block, {method.block_size} tokens"
-        )
-    if backend.page_sizes and method.block_size not in backend.page_sizes:
-        if name != "auto":
-            raise ConfigError(
-                f"model.attention={name!r} is not allowed: it has no pages of {method.block_size} tokens, a landmark's "
-                "block; auto or torch"
-            )
-        backend = TorchPagedAttention()
-    return backend, method.block_size
 
 
 def _choose_page_size(page_size: int | None, backend: AttentionBackend) -> int:

@@ -2,12 +2,7 @@
 
 from dataclasses import dataclass
 
-from parallel.option import option, parse_size
-
-
-def parse_budget(value: str | int) -> int | None:
-    """Bytes, or None for ``"auto"``; raises ``ValueError`` saying what is allowed."""
-    return None if value == "auto" else parse_size(value)
+from parallel.option import option, parse_budget
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ token reads every weight, for all sequences of a batch at once, and the KV of it
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from longctx.engine.config import EngineConfig, parse_budget
+from longctx.engine.config import EngineConfig
 from longctx.models.checkpoint import ModelSpec
+from parallel.option import parse_budget
 
 PARTS = ("runtime", "weights", "kv", "activations", "logits")
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

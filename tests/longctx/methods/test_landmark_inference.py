@@ -11,6 +11,7 @@ from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.errors import ConfigError, RequestError
 from longctx.models.config import ModelConfig
+from memory.tiered_pages import MIN_CACHE
 from tests.longctx.engines import GREEDY, collect, make_request, run
 from tests.longctx.methods.landmark_inference import infer
 from tests.tiny_checkpoints import make_checkpoint
@@ -145,6 +146,32 @@ def test_a_batch_equals_each_alone(folders, retrieval):
     assert collect(run(engine))["again", 0] == alone[0]
     assert engine.stats().num_cached_tokens >= 9 * BLOCK
     assert engine.stats().num_pages_used == 0
+
+
+@pytest.mark.parametrize("blocks", ["host", "file"])
+def test_tiers_change_nothing(folders, blocks, tmp_path):
+    """Near memory for 16 blocks: more are looked at than fit, forks copy what is being filled, a prefix is found."""
+    prompts = [make_prompt(8, 900), make_prompt(9, 333), make_prompt(10, 20)]
+    params = [replace(GREEDY, n=1 + (idx == 1)) for idx in range(3)]
+    texts = []
+    for tiers in ({}, {"blocks": blocks, "blocks_bytes": "4MiB", "blocks_folder": str(tmp_path)}):
+        options = {"max_batch_tokens": 128, "max_sequences": 4}
+        if tiers:
+            options["kv_bytes"] = str((128 // BLOCK + 8 + MIN_CACHE) * 8192)
+        engine = make_engine(folders["llama"], options=tiers, **options)
+        for idx, prompt in enumerate(prompts):
+            engine.add(make_request(str(idx), prompt, params[idx]))
+        first = collect(run(engine))
+        engine.add(make_request("again", prompts[0]))
+        texts.append((first, collect(run(engine))))
+        assert engine.stats().num_cached_tokens >= 50 * BLOCK
+    assert texts[0] == texts[1]
+    pages = engine.pool
+    assert pages.num_fetched > 0
+    assert pages.num_hits > 0
+    assert len(pages._free_frames) == pages._num_staging - len(pages._filled)
+    with pytest.raises(ConfigError, match="32 pages of 8192 bytes have to be near"):
+        make_engine(folders["llama"], options=tiers, **(options | {"kv_bytes": str(31 * 8192)}))
 
 
 def test_forks_and_preemption(folders):

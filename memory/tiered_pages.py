@@ -1,0 +1,204 @@
+"""Pages of which only a part lies near the compute: blocks come from below when they are looked at.
+
+    near     staging   pages that are being filled, all layers in one frame
+             cache     blocks that were looked at, by layer, the least recently used goes first
+    below    every page that is full (``block_store.py``)
+
+A page gets a staging frame when its first token comes and gives it up once it is full and the step is over: then all of
+its layers go down. What a step looks at is either staged or fetched, layer by layer; a layer that sees more blocks than
+the cache holds sees them in turns. While a layer computes, the blocks that the next one saw in the step before are
+fetched ahead.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from memory.block_store import BlockStore
+from memory.layout import KVLayout
+from memory.pages import PageAllocator, PagePool
+
+MIN_CACHE = 16  # blocks of a layer that fit near at least
+
+
+class TieredPages(PageAllocator):
+    """Pages for landmark attention, whose tokens look at few blocks at a time.
+
+    Args:
+        layout: of a page.
+        num_pages: in all; as many as ``store`` has.
+        num_staging: pages that are being filled at one time, at most.
+        num_cached: blocks of each layer that stay near, at least ``MIN_CACHE``.
+        store: where full pages go.
+        device: near the compute.
+
+    Not thread-safe, but for its own thread that fetches ahead.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: int,
+        *,
+        num_staging: int,
+        num_cached: int,
+        store: BlockStore,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(layout, num_pages)
+        assert num_cached >= MIN_CACHE
+        self.near = PagePool(layout, num_staging + num_cached, device=device)
+        self.num_cached = num_cached
+        self._store = store
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._free_frames = list(range(num_staging))
+        self._staged_P = torch.full((num_pages,), -1, dtype=torch.int64)  # frame of each page that is being filled
+        self._filled: list[int] = []
+        self._num_staging = num_staging
+        self._cached = [_LayerCache(num_pages, num_cached) for _ in range(layout.num_layers)]
+        self._last_seen: list[torch.Tensor | None] = [None] * layout.num_layers
+        self._ahead: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+        self.num_fetched = self.num_hits = 0  # blocks that were looked at and not near, or near
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def begin_step(self, pages: Sequence[int], filled: Sequence[int]) -> None:
+        """Pages that the step writes to get frames; the ones that the step before has filled go down.
+
+        Args:
+            pages: any number of times each.
+            filled: those among them that are full afterwards.
+        """
+        self._wait()
+        self._send_down()
+        fresh = [page for page in dict.fromkeys(pages) if self._staged_P[page] < 0]
+        assert len(fresh) <= len(self._free_frames), "more pages are being filled than were reckoned with"
+        for page in fresh:
+            self._staged_P[page] = self._free_frames.pop()
+        self._forget(fresh)
+        self._filled = list(filled)
+
+    def staged(self, pages: torch.Tensor) -> torch.Tensor:
+        """Frames of pages that are being filled, -1 of others; int64 of any shape, on the CPU."""
+        return self._staged_P[pages]
+
+    def look_at(self, layer_idx: int, pages_B: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Parts of ``pages_B``, none of which is there twice, each with the frames that hold its blocks until the next.
+
+        Args:
+            layer_idx: whose blocks.
+            pages_B: int64, on the CPU.
+        """
+        self._wait()
+        for start in range(0, len(pages_B), self.num_cached):
+            part = slice(start, min(start + self.num_cached, len(pages_B)))
+            frames = self._staged_P[pages_B[part]].clone()
+            below = frames < 0
+            frames[below] = self._fetch(layer_idx, pages_B[part][below])
+            yield part, frames
+
+    def end_layer(self, layer_idx: int, seen: torch.Tensor) -> None:
+        """The layer has seen these pages; fetch what the next one saw last."""
+        self._last_seen[layer_idx] = seen
+        following = (layer_idx + 1) % self.layout.num_layers
+        expected = self._last_seen[following]
+        if expected is not None and len(expected):
+            self._ahead = self._thread.submit(self._fetch_ahead, following, expected[: self.num_cached // 2])
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._wait()
+        frame = int(self._staged_P[source])
+        assert frame >= 0 and self._free_frames, "only a page that is being filled is copied"
+        self._staged_P[target] = self._free_frames.pop()
+        self._forget([target])
+        self.near.copy_page(frame, int(self._staged_P[target]))
+
+    def close(self) -> None:
+        """End the thread, and give the store back."""
+        self._thread.shutdown()
+        self._store.close()
+
+    def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
+        return [self._free.pop() for _ in range(num_pages)]
+
+    def _give_back(self, pages: list[int]) -> None:
+        self._wait()
+        self._filled = [page for page in self._filled if page not in set(pages)]
+        for page in pages:
+            if self._staged_P[page] >= 0:
+                self._free_frames.append(int(self._staged_P[page]))
+                self._staged_P[page] = -1
+        self._forget(pages)
+        self._free.extend(pages)
+
+    def _forget(self, pages: list[int]) -> None:
+        """What the cache has of these pages is of another sequence."""
+        for cache in self._cached if pages else ():
+            cache.forget(pages)
+
+    def _send_down(self) -> None:
+        if not self._filled:
+            return
+        pages = torch.tensor(self._filled)
+        frames = self._staged_P[pages]
+        self._store.write(pages, self.near.storage[:, frames.to(self.near.storage.device)].cpu())
+        self._staged_P[pages] = -1
+        self._free_frames.extend(frames.tolist())
+        self._filled = []
+
+    def _fetch(self, layer_idx: int, pages_B: torch.Tensor) -> torch.Tensor:
+        """Frames of full pages, which are near afterwards."""
+        frames, missing = self._cached[layer_idx].place(pages_B)
+        self.num_hits += len(pages_B) - int(missing.sum())
+        if missing.any():
+            self.num_fetched += int(missing.sum())
+            blocks = self._store.read(layer_idx, pages_B[missing])
+            places = frames[missing] + self._num_staging
+            device = self.near.storage.device
+            self.near.storage[layer_idx].index_copy_(0, places.to(device), blocks.to(device))
+        return frames + self._num_staging
+
+    def _fetch_ahead(self, layer_idx: int, pages: torch.Tensor) -> None:
+        self._fetch(layer_idx, pages[self._staged_P[pages] < 0])
+
+    def _wait(self) -> None:
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            ahead.result()
+
+
+class _LayerCache:
+    """Which pages' blocks of one layer are in which frames."""
+
+    def __init__(self, num_pages: int, num_frames: int) -> None:
+        self._frame_P = torch.full((num_pages,), -1, dtype=torch.int64)
+        self._page_F = torch.full((num_frames,), -1, dtype=torch.int64)
+        self._used_F = torch.zeros(num_frames, dtype=torch.int64)
+        self._clock = 0
+
+    def place(self, pages_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames of pages, no more than there are frames and none twice; and which of them are to be filled."""
+        self._clock += 1
+        frames = self._frame_P[pages_B]
+        missing = frames < 0
+        self._used_F[frames[~missing]] = self._clock
+        num_missing = int(missing.sum())
+        if num_missing:
+            victims = self._used_F.topk(num_missing, largest=False, sorted=False).indices
+            old = self._page_F[victims]
+            self._frame_P[old[old >= 0]] = -1
+            self._page_F[victims], self._used_F[victims] = pages_B[missing], self._clock
+            self._frame_P[pages_B[missing]] = victims
+            frames[missing] = victims
+        return frames, missing
+
+    def forget(self, pages: list[int]) -> None:
+        """Their frames are free."""
+        frames = self._frame_P[pages]
+        frames = frames[frames >= 0]
+        self._page_F[frames], self._used_F[frames] = -1, 0
+        self._frame_P[pages] = -1
