@@ -5,7 +5,9 @@ import importlib.metadata
 import platform
 import random
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import longctx
@@ -13,6 +15,7 @@ from longctx.adapters.folder import choose_adapter
 from longctx.attention.config import choose_method
 from longctx.cli.eval_config import EvalCommandConfig
 from longctx.cli.plan_text import align
+from longctx.cli.stop_signals import ask_on_signals
 from longctx.errors import ConfigError, LongctxError
 from longctx.evaluation.case import Material
 from longctx.evaluation.config import EvalConfig
@@ -44,6 +47,7 @@ def evaluate(config: EvalCommandConfig) -> int:
         )
     target = _open_endpoint(config) if options.endpoint is not None else _open_model(config)
     try:
+        _check_lengths(options.lengths, target.name, target.max_context)
         text = load_text(options.text) if scores_text or options.haystack == "text" else None
         return _evaluate(options, target, text, folder)
     finally:
@@ -51,7 +55,6 @@ def evaluate(config: EvalCommandConfig) -> int:
 
 
 def _evaluate(options: EvalConfig, target: Target, text: TextHaystack | None, folder: Path) -> int:
-    _check_lengths(options.lengths, target.name, target.max_context)
     style = options.style if options.style != "auto" else "demo" if target.name == DEFAULT_MODEL else "plain"
     haystack = text if options.haystack == "text" else FillerHaystack()
     assert haystack is not None
@@ -67,7 +70,13 @@ def _evaluate(options: EvalConfig, target: Target, text: TextHaystack | None, fo
     }
     store = ResultStore(folder, header)
     text_material = None if text is None else _make_material(options, target, text, style)
-    evaluation = Evaluation(options, target, store, material=material, text=text_material)
+    # An endpoint's requests are ended by the interrupt itself; a step of the engine is not cut in two.
+    with ask_on_signals() if options.endpoint is None else nullcontext(threading.Event()) as asked:
+        evaluation = Evaluation(options, target, store, material=material, text=text_material, should_stop=asked.is_set)
+        return _run(evaluation, store, target)
+
+
+def _run(evaluation: Evaluation, store: ResultStore, target: Target) -> int:
     try:
         evaluation.run()
     except KeyboardInterrupt:
@@ -100,8 +109,8 @@ def _open_endpoint(config: EvalCommandConfig) -> Target:
 
     options = config.eval
     assert options.endpoint is not None
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    name = find_model(options.endpoint.rstrip("/"), options.model, headers)["id"]
+    model = find_model(options.endpoint, options.model, options.api_key)
+    name = model["id"]
     if options.chars_per_token is None and config.model.path == DEFAULT_MODEL and name != DEFAULT_MODEL:
         raise ConfigError(
             f"eval.endpoint={options.endpoint} serves {name}: set model.path=DIR, whose tokenizer counts tokens, or "
@@ -116,7 +125,7 @@ def _open_endpoint(config: EvalCommandConfig) -> Target:
         tokenizer = load_tokenizer(spec, config.model.chat_template)
     return EndpointTarget(
         options.endpoint,
-        model=name,
+        model=model,
         api_key=options.api_key,
         tokenizer=tokenizer,
         chars_per_token=options.chars_per_token or 1.0,

@@ -1,6 +1,6 @@
 """What a task makes: one prompt, and how its answer is judged. No torch here.
 
-A prompt is a pure function of its ``Cell`` and of the ``Material`` that it is made from, so any prompt can be made again.
+A prompt is a pure function of its ``Cell`` and of the ``Material`` that it is made from: any of them can be made again.
 """
 
 import random

@@ -26,7 +26,8 @@ def check_tasks(names: Sequence[str]) -> None:
     """Raise ``ValueError`` for an empty list, a name that is unknown or one that comes twice."""
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
-        raise ValueError(f"{'no task' if not names else unknown[0]} is known; allowed: {', '.join(TASKS)}")
+        reason = f"task {unknown[0]!r} is unknown" if unknown else "at least one task"
+        raise ValueError(f"{reason}; allowed: {', '.join(TASKS)}")
     _check_different(names)
 
 

@@ -3,13 +3,15 @@
 import asyncio
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from longctx.errors import ConfigError, LongctxError
 from longctx.evaluation.target import Answer, OnAnswer, OnProgress, Question, Target
-from longctx.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from longctx.models.tokenizer import Tokenizer  # and transformers with it: seconds, before an endpoint is refused
 
 CONNECT_TIMEOUT_S = 10.0
 TRIES = 4  # of one request at an endpoint that is busy or starts a worker again
@@ -22,36 +24,32 @@ class EndpointTarget(Target):
 
     Args:
         url: up to and with ``/v1``.
-        model: what the endpoint calls it; None: the first that it names.
+        model: what ``find_model`` found.
         api_key: sent as a bearer token.
         tokenizer: counts tokens; None: ``chars_per_token`` estimates them.
         chars_per_token: characters of one token.
         chat: ``"true"``, ``"false"``, or ``"auto"``: if the tokenizer has a chat template, or there is no tokenizer.
         concurrency: requests at one time.
         timeout_s: longest wait for one answer.
-
-    Raises:
-        ConfigError: if the endpoint cannot be reached, refuses the key or has no such model.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        model: str | None,
+        model: dict[str, Any],
         api_key: str | None,
-        tokenizer: Tokenizer | None,
+        tokenizer: "Tokenizer | None",
         chars_per_token: float,
         chat: str,
         concurrency: int,
         timeout_s: float,
     ) -> None:
         self._url, self._tokenizer, self._chars_per_token = url.rstrip("/"), tokenizer, chars_per_token
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = make_headers(api_key)
         self._concurrency, self._timeout = concurrency, httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        entry = find_model(self._url, model, self._headers)
-        self.name = str(entry["id"])
-        limit = entry.get("max_model_len")
+        self.name = str(model["id"])
+        limit = model.get("max_model_len")
         self.max_context = limit if isinstance(limit, int) else None
         has_template = tokenizer is None or tokenizer.chat_template is not None
         self.is_chat = chat == "true" or (chat == "auto" and has_template)
@@ -139,10 +137,20 @@ class EndpointTarget(Target):
         raise AssertionError("the last try returns or raises")
 
 
-def find_model(url: str, model: str | None, headers: dict[str, str]) -> dict[str, Any]:
-    """The endpoint's own words about one of its models; raises ``ConfigError`` naming what is wrong."""
+def make_headers(api_key: str | None) -> dict[str, str]:
+    """What every request carries."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def find_model(url: str, model: str | None, api_key: str | None) -> dict[str, Any]:
+    """The endpoint's own words about one of its models; None: the first that it names.
+
+    Raises:
+        ConfigError: if the endpoint cannot be reached, refuses the key or has no such model.
+    """
+    url = url.rstrip("/")
     try:
-        response = httpx.get(f"{url}/models", headers=headers, timeout=CONNECT_TIMEOUT_S, trust_env=False)
+        response = httpx.get(f"{url}/models", headers=make_headers(api_key), timeout=CONNECT_TIMEOUT_S, trust_env=False)
         response.raise_for_status()
         entries = {str(entry["id"]): entry for entry in response.json()["data"]}
     except httpx.HTTPStatusError as error:

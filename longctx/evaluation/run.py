@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
@@ -54,13 +54,22 @@ class Evaluation:
         store: what is there already, and where results go.
         material: for tasks that ask.
         text: for tasks that score text; None if there are none.
+        should_stop: asked between prompts and between steps of long ones; if True, ``run`` raises
+            ``KeyboardInterrupt``, with everything in order.
     """
 
     def __init__(
-        self, config: EvalConfig, target: Target, store: ResultStore, *, material: Material, text: Material | None
+        self,
+        config: EvalConfig,
+        target: Target,
+        store: ResultStore,
+        *,
+        material: Material,
+        text: Material | None,
+        should_stop: Callable[[], bool],
     ) -> None:
         self._config, self._target, self._store = config, target, store
-        self._material, self._text = material, text
+        self._material, self._text, self._should_stop = material, text, should_stop
         self._bar: tqdm | None = None
         self._shown = 0.0
 
@@ -107,6 +116,7 @@ class Evaluation:
 
     def _make_question(self, cell: Cell) -> tuple[Case, Question]:
         """The case, made smaller where the context would leave its answer no room."""
+        self._heed_stop()
         task, limit = TASKS.get(cell.task), self._target.max_context
         case = _make(task, cell, self._material)
         max_tokens = self._target.count(case.lead + case.ending) + self._config.extra_tokens
@@ -121,10 +131,15 @@ class Evaluation:
 
     def _report(self, num_computed: int, num_tokens: int) -> None:
         """How far the prompt is whose answer is next; cheap between two refreshes."""
+        self._heed_stop()
         now = time.monotonic()
         if self._bar is not None and now - self._shown > PROGRESS_INTERVAL_S:
             self._shown = now
             self._bar.set_postfix_str(f"prompt: {num_computed}/{num_tokens}")
+
+    def _heed_stop(self) -> None:
+        if self._should_stop():
+            raise KeyboardInterrupt
 
 
 def _make(task: Task, cell: Cell, material: Material) -> Case:

@@ -15,7 +15,18 @@ FORMAT = 1
 LINES, RESULTS = "prompts.jsonl", "results.json"
 # Settings that may differ between runs that are put together: what is measured, not how.
 FREE = frozenset(
-    {"tasks", "lengths", "depths", "num_prompts", "first_prompt", "output", "resume", "concurrency", "timeout_s"}
+    {
+        "tasks",
+        "lengths",
+        "depths",
+        "num_prompts",
+        "first_prompt",
+        "output",
+        "resume",
+        "endpoint",
+        "concurrency",
+        "timeout_s",
+    }
 )
 
 
@@ -90,8 +101,11 @@ class ResultStore:
         self.records = {record.key: record for record in records}
 
     def _check(self, header: dict[str, Any]) -> None:
-        for name in ("format", "model", "haystack", "text", "style"):
+        for name in ("format", "haystack", "text", "style"):
             _compare(self.folder, name, header[name], self.header[name])
+        for name, value in self.header["model"].items():
+            if name not in FREE:
+                _compare(self.folder, f"model {name}", header["model"].get(name), value)
         for name, value in self.header["settings"].items():
             if name not in FREE:
                 _compare(self.folder, f"eval.{name}", header["settings"].get(name), value)

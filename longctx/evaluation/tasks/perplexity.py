@@ -18,11 +18,11 @@ MAX_CHARS_PER_TOKEN = 12  # of running text, with room
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tokens at positions ``start`` to ``stop``."""
+    """Tokens at positions ``start`` to ``stop``; the last bucket of a text need not be full."""
 
     start: int
     stop: int
-    num_tokens: int
+    num_tokens: int  # that the text has there
     nll: float  # negative log likelihood of all of them, nats
 
 
@@ -44,7 +44,7 @@ def fill_buckets(logprobs: Sequence[float]) -> list[Bucket]:
     while start <= len(logprobs):
         own = logprobs[max(start - 1, 0) : stop - 1]
         if own:
-            buckets.append(Bucket(start, min(stop, len(logprobs) + 1), len(own), -math.fsum(own)))
+            buckets.append(Bucket(start, stop, len(own), -math.fsum(own)))
         start, stop = stop, 2 * stop
     return buckets
 
