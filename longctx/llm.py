@@ -5,42 +5,24 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
+
+import numpy as np
 
 from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.engine.engine import Engine
-from longctx.errors import LongctxError, QueueFullError
-from longctx.messages import FinishReason, GenerationRequest, OutputDelta, SamplingParams, TokenLogprob
+from longctx.engine.scoring import score_tokens
+from longctx.errors import LongctxError, QueueFullError, RequestError
+from longctx.messages import GenerationRequest, OutputDelta, SamplingParams
 from longctx.models.config import ModelConfig
 from longctx.models.tokenizer import Tokenizer
+from longctx.request_output import RequestOutput, collect_output
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
-    """One finished continuation of a prompt."""
-
-    index: int  # which of the request's n
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason | None
-    stop_reason: str | int | None  # the stop string or token id that matched
-    logprobs: tuple[TokenLogprob, ...]  # one per token id, if asked for
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """Everything generated from one prompt."""
-
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[SequenceOutput, ...]  # n of them, by index
-    num_cached_tokens: int  # prompt tokens found in the prefix cache
 
 
 class LLM:
@@ -106,12 +88,64 @@ class LLM:
         Raises:
             RequestError: a prompt or a parameter cannot be served; nothing is generated.
         """
+        return list(self.generate_in_turn(prompts, params))
+
+    def generate_in_turn(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """As ``generate``, all prompts together, but each output is yielded once it and those before it are complete.
+        Closing the iterator cancels the rest.
+
+        Args:
+            prompts, params: as ``generate`` takes them.
+            on_progress: called with (prompt tokens computed, prompt tokens) of the output that is next, before each
+                step.
+
+        Raises:
+            RequestError: a prompt or a parameter cannot be served; nothing is generated.
+        """
         token_ids = [self._encode(prompt) for prompt in _as_list(prompts)]
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(token_ids)
         if len(params) != len(token_ids):
             raise ValueError(f"{len(params)} sampling params for {len(token_ids)} prompts; give one, or one for each")
-        return self._generate(token_ids, params)
+        requests = [_make_request(*pair) for pair in zip(token_ids, params, strict=True)]
+        for request in requests:
+            self.engine.check(request)
+        return self._generate(requests, on_progress)
+
+    def score(self, prompt: Prompt, *, on_progress: Callable[[int, int], None] | None = None) -> list[float]:
+        """Natural-log probability of every token of a given text after its first, given those before it.
+
+        Other threads' requests wait meanwhile.
+
+        Args:
+            prompt: a text or token ids, two tokens at least.
+            on_progress: called with (tokens computed, tokens) after each chunk.
+
+        Raises:
+            RequestError: the text is too short or too long, or holds an id that the model does not know.
+            QueueFullError: other threads' requests hold the pages.
+        """
+        token_ids = self._encode(prompt)
+        if len(token_ids) < 2:
+            raise RequestError(f"{len(token_ids)} tokens cannot be scored; give at least two", param="prompt")
+        engine, last = self.engine, token_ids[-1]
+        ids = engine.check(_make_request(token_ids[:-1], SamplingParams()))
+        engine.check(_make_request((last,), SamplingParams()))  # it is never computed, so the context need not hold it
+        with self._lock:
+            scored = score_tokens(
+                engine.decoder,
+                engine.cache,
+                np.append(ids, last),
+                chunk_size=engine.config.max_batch_tokens,
+                on_chunk=None if on_progress is None else lambda done: on_progress(done, len(ids)),
+            )
+        return scored.tolist()
 
     def chat(
         self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
@@ -160,34 +194,33 @@ class LLM:
         self, request: GenerationRequest, on_progress: Callable[[int, int], None] | None
     ) -> Iterator[OutputDelta]:
         """Adds the request only now: an iterator that is never asked for anything must cost nothing."""
-
-        def report(request_id: str) -> None:
-            with suppress(KeyError):  # it ended in a step that another thread computed
-                if on_progress is not None:
-                    on_progress(*self.engine.progress(request_id))
-
         self._inboxes[request.request_id] = deque()
         with self._lock:
             self.engine.add(request)
-        yield from self._follow(request, None if on_progress is None else report)
+        yield from self._follow(request, lambda request_id: self._report(request_id, on_progress))
 
-    def _generate(self, prompts: list[tuple[int, ...]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        requests = [_make_request(*pair) for pair in zip(prompts, params, strict=True)]
-        for request in requests:
-            self.engine.check(request)
+    def _generate(
+        self, requests: list[GenerationRequest], on_progress: Callable[[int, int], None] | None
+    ) -> Iterator[RequestOutput]:
         pending = deque(requests)
         self._inboxes |= {request.request_id: deque() for request in requests}
 
-        def feed(_: str) -> None:
+        def feed(request_id: str) -> None:
             while pending and self._try_add(pending[0]):
                 pending.popleft()
+            self._report(request_id, on_progress)
 
         try:
-            collected = [list(self._follow(request, feed)) for request in requests]
+            for request in requests:
+                yield collect_output(request, list(self._follow(request, feed)))
         finally:
             for request in requests:
                 self._cancel(request)
-        return [_collect(*pair) for pair in zip(requests, collected, strict=True)]
+
+    def _report(self, request_id: str, on_progress: Callable[[int, int], None] | None) -> None:
+        with suppress(KeyError):  # it ended in a step that another thread computed, or is not added yet
+            if on_progress is not None:
+                on_progress(*self.engine.progress(request_id))
 
     def _try_add(self, request: GenerationRequest) -> bool:
         with self._lock:
@@ -203,13 +236,12 @@ class LLM:
             if self._engine is not None:
                 self._engine.cancel(request.request_id)
 
-    def _follow(self, request: GenerationRequest, before_step: Callable[[str], None] | None) -> Iterator[OutputDelta]:
+    def _follow(self, request: GenerationRequest, before_step: Callable[[str], None]) -> Iterator[OutputDelta]:
         """Deltas of one request until its last sequence ends, computing steps as needed."""
         num_unfinished = request.sampling.n
         try:
             while num_unfinished:
-                if before_step is not None:
-                    before_step(request.request_id)
+                before_step(request.request_id)
                 for delta in self._poll(request.request_id):
                     if delta.finish_reason == "error":
                         raise LongctxError(delta.error or "generation failed")
@@ -253,20 +285,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 def _make_request(prompt: tuple[int, ...], params: SamplingParams) -> GenerationRequest:
     return GenerationRequest(uuid.uuid4().hex, prompt, params)
-
-
-def _collect(request: GenerationRequest, deltas: list[OutputDelta]) -> RequestOutput:
-    outputs = []
-    for index in range(request.sampling.n):
-        own = [delta for delta in deltas if delta.index == index]
-        outputs.append(
-            SequenceOutput(
-                index,
-                token_ids=tuple(chain.from_iterable(delta.token_ids for delta in own)),
-                text="".join(delta.text for delta in own),
-                finish_reason=own[-1].finish_reason,
-                stop_reason=own[-1].stop_reason,
-                logprobs=tuple(chain.from_iterable(delta.logprobs for delta in own)),
-            )
-        )
-    return RequestOutput(request.prompt_token_ids, tuple(outputs), deltas[-1].num_cached_tokens)

@@ -42,6 +42,12 @@ COMMANDS = {
             "longctx.cli.generate:generate",
         ),
         Command(
+            "eval",
+            "measure how much of its context a model uses: pass keys, threads, aggregation, perplexity",
+            "longctx.cli.eval_config:EvalCommandConfig",
+            "longctx.cli.eval:evaluate",
+        ),
+        Command(
             "status",
             "show what runs where: workers, pages, queue",
             "cluster.config:StatusConfig",
