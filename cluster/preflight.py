@@ -30,7 +30,9 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
-    choose_method(config.attention, spec)
+    method = choose_method(config.attention, spec)
+    if method is not None:
+        _check_method(config, method.name)
     load_keys(config.server)
     config = _check_ranks(config)
     if config.ray.address is None:
@@ -41,6 +43,20 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 
     load_tokenizer(spec, config.model.chat_template)
     return config, model
+
+
+def _check_method(config: ServeConfig, name: str) -> None:
+    """Whether the deployment can be served with a method other than dense attention."""
+    cluster = config.cluster
+    if cluster.num_prefill_workers:
+        raise ConfigError(
+            f"cluster.num_prefill_workers={cluster.num_prefill_workers} is not allowed with {name} attention, whose KV "
+            "does not travel: cluster=colocated"
+        )
+    if cluster.decode.sp_degree > 1:
+        raise ConfigError(
+            f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention: 1"
+        )
 
 
 def _check_ranks(config: ServeConfig) -> ServeConfig:

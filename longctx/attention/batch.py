@@ -6,10 +6,14 @@ longest block table, D rotary dimensions, S query rows of ranges.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from memory.pages import PagePool
+
+if TYPE_CHECKING:
+    from longctx.attention.core_batch import CoreBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class PackedBatch:
     cos_TD: torch.Tensor | None = None  # float32, set by the decoder
     sin_TD: torch.Tensor | None = None
     on_layer: Callable[[int], None] | None = None  # called with a layer's index once its KV is stored
+    cores: "CoreBatch | None" = None  # under CCA attention
 
     @property
     def num_segments(self) -> int:
