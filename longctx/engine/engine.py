@@ -18,11 +18,12 @@ from longctx.engine.config import EngineConfig
 from longctx.engine.continuation import Continuation
 from longctx.engine.core_method import CoreMethod
 from longctx.engine.export import KVExport, Reservation
+from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.rows import DecodeRows
-from longctx.engine.runner import Runner, make_local_runner
+from longctx.engine.runner import Runner
 from longctx.engine.sampling import Sampler
-from longctx.engine.scheduler import Chunk, Scheduler
-from longctx.engine.sequence import ActiveRequest, Int64Array, RopeLengths, Sequence
+from longctx.engine.scheduler import Chunk
+from longctx.engine.sequence import ActiveRequest, Int64Array, Sequence
 from longctx.errors import QueueFullError, RequestError
 from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
 from longctx.models.attention_spec import CCASpec
@@ -49,11 +50,6 @@ class Engine:
         cores: groups and windows of CCA attention, if that is the decoder's; this process alone.
     """
 
-    _rows: DecodeRows
-    _scheduler: Scheduler
-    _runner: Runner
-    max_context: int
-
     def __init__(
         self,
         decoder: PackedDecoder,
@@ -67,13 +63,15 @@ class Engine:
     ) -> None:
         self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
         self.cache = PrefixCache(pool, enabled=config.prefix_cache and cores is None)
-        self._model_context = max_context
-        self._cores: CoreMethod | None = None
-        num_tokens = config.max_sequences + max(config.max_batch_tokens, pool.layout.page_size)
+        self._method: EngineMethod
         if cores is None:
-            self._start_dense(num_tokens, make_runner)
+            self._method = DenseMethod(
+                decoder, self.cache, config=config, max_context=max_context, make_runner=make_runner
+            )
         else:
-            self._start_cores(cores, num_tokens)
+            self._method = CoreMethod(cores, decoder, self.cache, config=config, max_context=max_context)
+        self._rows, self._scheduler, self._runner = self._method.rows, self._method.scheduler, self._method.runner
+        self._model_context, self.max_context = max_context, self._method.max_context
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)
         self._announcer = LayerAnnouncer(num_layers=pool.layout.num_layers, page_size=pool.layout.page_size)
         self._requests: dict[str, ActiveRequest] = {}  # added ones until they end or their export is done
@@ -89,7 +87,7 @@ class Engine:
         return check_request(
             request,
             vocab_size=self.decoder.spec.vocab_size,
-            max_context=self._context_of(request),
+            max_context=self._method.context_of(request),
             model_context=self._model_context,
             max_sequences=self.config.max_sequences,
         )
@@ -121,7 +119,7 @@ class Engine:
 
         Raises ``RequestError`` as ``add`` does.
         """
-        assert self._cores is None, "KV under CCA attention does not travel"
+        assert self._method.ships_kv
         active = self._activate(request, None)
         sequence, num_rows = active.sequences[0], request.sampling.n
         # Whoever waits here came first.
@@ -250,55 +248,12 @@ class Engine:
 
     # Inside
 
-    def _start_dense(self, num_tokens: int, make_runner: Callable[[DecodeRows], Runner] | None) -> None:
-        config, pool, page_size = self.config, self.pool, self.pool.layout.page_size
-        self._rows = DecodeRows(
-            num_rows=2 * config.max_sequences,
-            num_tokens=num_tokens,
-            num_table_pages=pool.layout.num_pages(min(self._model_context, pool.num_pages * page_size)),
-            page_size=page_size,
-        )
-        self._scheduler = Scheduler(
-            self.cache,
-            self._rows,
-            max_batch_tokens=config.max_batch_tokens,
-            max_sequences=config.max_sequences,
-            rope_lengths=_rope_lengths(self.decoder),
-        )
-        if make_runner is not None:
-            self._runner = make_runner(self._rows)
-        else:
-            assert isinstance(pool, PagePool)
-            self._runner = make_local_runner(
-                self.decoder, pool, self._rows, config=config, max_context=self._model_context
-            )
-        self.max_context = min(self._model_context, self.cache.num_available * page_size)
-
-    def _start_cores(self, spec: CCASpec, num_tokens: int) -> None:
-        config, pool = self.config, self.pool
-        assert isinstance(pool, PagePool)
-        method = self._cores = CoreMethod(spec, pool, config=config, model_context=self._model_context)
-        rows = self._rows = method.make_rows(num_rows=2 * config.max_sequences, num_tokens=num_tokens)
-        self._scheduler = method.make_scheduler(self.cache, rows)
-        self._runner = method.make_runner(self.decoder, rows)
-        self.max_context = method.max_context
-
-    def _context_of(self, request: GenerationRequest) -> int:
-        """Tokens of prompt and output together that fit; raises ``RequestError`` for attention that it cannot have."""
-        if self._cores is not None:
-            return self._cores.context_of(request)
-        if request.sampling.attention is not None:
-            raise RequestError(
-                "attention is not allowed: this model is not served with CCA attention", param="attention"
-            )
-        return self.max_context
-
     def _activate(self, request: GenerationRequest, export: KVExport | None) -> ActiveRequest:
         if request.request_id in self._requests or request.request_id in self._reserved:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         prompt = self.check(request)
-        assert export is None or self._cores is None, "KV under CCA attention does not travel"
-        params, room = request.sampling, self._context_of(request) - len(prompt)
+        assert export is None or self._method.ships_kv
+        params, room = request.sampling, self._method.context_of(request) - len(prompt)
         self._num_arrivals += 1
         return ActiveRequest(
             request,
@@ -354,8 +309,3 @@ class Engine:
         for sequence in active.sequences:
             self._scheduler.drop(sequence)
         active.sequences = []
-
-
-def _rope_lengths(decoder: PackedDecoder) -> RopeLengths:
-    rotary = decoder.rotary
-    return RopeLengths(rotary.length_threshold, rotary.restart_length, is_binary=rotary.rope_type == "longrope")
