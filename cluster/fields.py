@@ -6,12 +6,14 @@ A reader is ``(value, name) -> value``; ``null`` never reaches one, it means tha
 import math
 import reprlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from longctx.errors import RequestError
 
 QUOTE = reprlib.Repr()
 QUOTE.maxstring = QUOTE.maxother = 80
+
+T = TypeVar("T")
 
 Reader = Callable[[Any, str], Any]
 
@@ -81,6 +83,21 @@ def mapping(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad_value(name, value, "an object")
     return value
+
+
+def options(kind: type[T], readers: dict[str, Reader]) -> Reader:
+    """A reader of a JSON object with some of the keys of ``readers``; gives a ``kind`` made of them."""
+
+    def read(value: Any, name: str) -> T:
+        values: dict[str, Any] = {}
+        for key, entry in mapping(value, name).items():
+            if key not in readers:
+                raise bad_value(name, key, "its keys are " + ", ".join(readers))
+            if entry is not None:
+                values[key] = readers[key](entry, f"{name}.{key}")
+        return kind(**values)
+
+    return read
 
 
 def strings(most: int) -> Reader:

@@ -2,7 +2,7 @@
 
 A field that changes the answer and is not supported is refused, never ignored; only fields that cannot change it
 (``HARMLESS``) are. Beyond OpenAI's there are vLLM's sampling extensions (``top_k``, ``min_p``, ``repetition_penalty``,
-``min_tokens``, ``stop_token_ids``, ``ignore_eos``, ``cache_salt``, ``chat_template_kwargs``).
+``min_tokens``, ``stop_token_ids``, ``ignore_eos``, ``cache_salt``, ``chat_template_kwargs``) and ours, ``attention``.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from cluster import fields
 from cluster.fields import Reader, bad_value
 from cluster.serving import ServedModel
 from longctx.errors import RequestError
-from longctx.messages import SamplingParams
+from longctx.messages import AttentionOptions, SamplingParams
 
 MAX_N = 128
 MAX_STOPS = 16
@@ -46,6 +46,9 @@ SAMPLING: dict[str, Reader] = {
     "presence_penalty": fields.number(-2.0, 2.0),
     "frequency_penalty": fields.number(-2.0, 2.0),
     "repetition_penalty": fields.number(0.0, 10.0, above=True),
+    "attention": fields.options(
+        AttentionOptions, {"group_size": fields.integer(1, COUNT), "window": fields.integer(1, COUNT)}
+    ),
 }
 SHARED: dict[str, Reader] = SAMPLING | {
     "model": fields.string,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.config import PlanServeConfig
+from longctx.attention.config import choose_method
 from longctx.cli.plan_text import FILLED_SHARE, GIB, align, describe_parts
 from longctx.engine.config import EngineConfig
 from longctx.engine.memory_plan import ServingPlan, count_token_bytes, plan_serving_memory, prefill_flops
@@ -26,10 +27,9 @@ _SHORT_CONTEXT = 1024  # shown beside the longest
 def plan_serve(config: PlanServeConfig) -> int:
     """Print the plan; returns 0 if everything fits, else 1. Raises ``ConfigError``, ``CheckpointError`` as serving."""
     spec = inspect_checkpoint(config.model.path, require_weights=False)
-    if spec.attention is not None:
-        raise ConfigError(
-            f"{spec.name} was trained with {spec.attention.name} attention, whose memory and time are not planned yet"
-        )
+    method = choose_method(config.attention, spec)
+    if method is not None:
+        raise ConfigError(f"plan serve knows nothing of {method.name} attention's memory and time yet")
     max_context = choose_context(spec, config.model.max_context)
     from longctx.machine_limits import find_limits  # loads torch: a mistake in the configuration is told before
 

@@ -13,7 +13,6 @@ from cluster.serving import ServedModel, describe_model
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.config import choose_method
 from longctx.errors import ConfigError
-from longctx.models.attention_spec import AttentionSpec, LandmarkSpec
 from longctx.models.checkpoint import inspect_checkpoint
 from parallel.links import load_links
 from parallel.option import parse_budget
@@ -31,7 +30,9 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
-    _check_method(choose_method(config.attention, spec), config)
+    method = choose_method(config.attention, spec)
+    if method is not None:
+        _check_method(config, method.name)
     load_keys(config.server)
     config = _check_ranks(config)
     if config.ray.address is None:
@@ -42,6 +43,20 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 
     load_tokenizer(spec, config.model.chat_template)
     return config, model
+
+
+def _check_method(config: ServeConfig, name: str) -> None:
+    """Whether the deployment can be served with a method other than dense attention."""
+    cluster = config.cluster
+    if cluster.num_prefill_workers:
+        raise ConfigError(
+            f"cluster.num_prefill_workers={cluster.num_prefill_workers} is not allowed with {name} attention, whose KV "
+            "does not travel: cluster=colocated"
+        )
+    if cluster.decode.sp_degree > 1:
+        raise ConfigError(
+            f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention: 1"
+        )
 
 
 def _check_ranks(config: ServeConfig) -> ServeConfig:
@@ -60,16 +75,6 @@ def _check_ranks(config: ServeConfig) -> ServeConfig:
     except ValueError as error:
         raise ConfigError(f"cluster.links_file={cluster.links_file} is not allowed: {error}") from None
     return dataclasses.replace(config, cluster=dataclasses.replace(cluster, links_file=str(path)))
-
-
-def _check_method(method: AttentionSpec | None, config: ServeConfig) -> None:
-    cluster = config.cluster
-    if isinstance(method, LandmarkSpec) and (cluster.num_prefill_workers or cluster.decode.sp_degree > 1):
-        raise ConfigError(
-            f"cluster.num_prefill_workers={cluster.num_prefill_workers}, cluster.decode.sp_degree="
-            f"{cluster.decode.sp_degree} are not allowed: a model with landmark attention is served by workers of one "
-            "rank that compute prompts themselves; cluster=colocated"
-        )
 
 
 def _check_memory(config: ServeConfig) -> None:

@@ -10,6 +10,14 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """How one request attends, where the model is served with CCA; None: as the engine is configured."""
+
+    group_size: int | None = None  # tokens that become one core
+    window: int | None = None  # tokens that each query sees as they are
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens, and when to stop. Names and meaning follow the OpenAI API and vLLM's extensions of it.
 
@@ -32,6 +40,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # > 0; applies to prompt and output tokens
     logprobs: int | None = None  # None: off; 0: the chosen token; k: also the k most likely, at most 20
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    attention: AttentionOptions | None = None  # how it attends to its context; an extension of ours
 
 
 @dataclass(frozen=True, slots=True)

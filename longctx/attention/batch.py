@@ -13,6 +13,7 @@ import torch
 from memory.pages import PagePool
 
 if TYPE_CHECKING:
+    from longctx.attention.core_batch import CoreBatch
     from longctx.attention.landmark_batch import LandmarkRows
 
 
@@ -47,6 +48,7 @@ class PackedBatch:
     sin_TD: torch.Tensor | None = None
     on_layer: Callable[[int], None] | None = None  # called with a layer's index once its KV is stored
     landmark: "LandmarkRows | None" = None  # of landmark attention
+    cores: "CoreBatch | None" = None  # under CCA attention
 
     @property
     def num_segments(self) -> int:

@@ -109,19 +109,31 @@ def pool_cores(
 ) -> Cores:
     """Cores of every whole group of ``group_size`` tokens from the beginning; arguments as for ``cca_attention``."""
     dtype, num_groups = accumulator_dtype(q_BSHD.dtype), q_BSHD.shape[1] // group_size
-    num_tokens, num_kv_heads = num_groups * group_size, k_BSKD.shape[2]
+    num_tokens = num_groups * group_size
     last = slice(group_size - 1, num_tokens, group_size)
-    q_BNKGD = q_BSHD[:, last].to(dtype).unflatten(2, (num_kv_heads, -1))
+    q_BNHD = q_BSHD[:, last].to(dtype)
     k_BNgKD, v_BNgKD = (x[:, :num_tokens].to(dtype).unflatten(1, (num_groups, group_size)) for x in (k_BSKD, v_BSKD))
+    weights_BNKg = weigh_groups(q_BNHD, k_BNgKD, scale, head_pooling=head_pooling)
+    core_k, core_v = (torch.einsum("bnkg,bngkd->bnkd", weights_BNKg, x).to(k_BSKD.dtype) for x in (k_BNgKD, v_BNgKD))
+    first = torch.arange(0, num_tokens, group_size, dtype=dtype, device=q_BSHD.device)[:, None]
+    return Cores(core_k, core_v, first + place_cores(weights_BNKg, core_position=core_position))
+
+
+def weigh_groups(q_BNHD: torch.Tensor, k_BNgKD: torch.Tensor, scale: float, *, head_pooling: str) -> torch.Tensor:
+    """How the tokens of each group are weighed, ``[B, N, K, g]``: q is that of a group's last token, before RoPE."""
+    q_BNKGD = q_BNHD.unflatten(2, (k_BNgKD.shape[3], -1))
     if head_pooling == "query":
         q_BNKGD = q_BNKGD.mean(3, keepdim=True)
-    weights = (torch.einsum("bnkhd,bngkd->bnkhg", q_BNKGD, k_BNgKD) * scale).softmax(-1).mean(3)
-    core_k, core_v = (torch.einsum("bnkg,bngkd->bnkd", weights, x).to(k_BSKD.dtype) for x in (k_BNgKD, v_BNgKD))
-    first = torch.arange(0, num_tokens, group_size, dtype=dtype, device=q_BSHD.device)[:, None]
+    return (torch.einsum("bnkhd,bngkd->bnkhg", q_BNKGD, k_BNgKD) * scale).softmax(-1).mean(3)
+
+
+def place_cores(weights_BNKg: torch.Tensor, *, core_position: str) -> torch.Tensor:
+    """Where cores are for RoPE, counted from their group's first token: ``[1]`` or ``[B, N, K]``, no gradient."""
+    group_size = weights_BNKg.shape[-1]
+    offsets = torch.arange(group_size, dtype=weights_BNKg.dtype, device=weights_BNKg.device)
     if core_position == "mean":
-        offsets = torch.arange(group_size, dtype=dtype, device=q_BSHD.device)
-        return Cores(core_k, core_v, first + (weights.detach() * offsets).sum(-1))
-    return Cores(core_k, core_v, first + (group_size - 1) * (1.0 if core_position == "last" else 0.5))
+        return (weights_BNKg.detach() * offsets).sum(-1)
+    return offsets[-1:] if core_position == "last" else offsets[-1:] / 2
 
 
 def attend_cores(

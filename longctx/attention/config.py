@@ -1,14 +1,21 @@
 """What the ``attention`` group of serving and generating holds. No torch here."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, fields, replace
 
 from longctx.errors import ConfigError
-from longctx.models.attention_spec import AttentionSpec, LandmarkSpec
+from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec
 from parallel.option import option, parse_budget
 
+logger = logging.getLogger(__name__)
+
 METHODS = ("auto", "dense", "landmark", "cca")
 GRANULARITIES = ("head_token", "token", "head")
+DEFAULT_CCA = CCASpec(group_size=16, window=1024)  # of a checkpoint that was not trained with it: the paper's at 64K
+CORE_OPTIONS = ("group_size", "window")
+LANDMARK_OPTIONS = ("top_k", "retrieval", "blocks", "blocks_bytes", "blocks_folder", "skip_below")
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # RoPE types
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +44,43 @@ class AttentionConfig:
         minimum=0,
         maximum=1,
     )
+    group_size: int | None = option(
+        None, "cca: tokens that become one core; null: what the checkpoint was trained with, or 16", minimum=1
+    )
+    window: int | None = option(
+        None, "cca: tokens that each query sees as they are; null: as in training, or 1024", minimum=1
+    )
 
 
 def choose_method(config: AttentionConfig, spec: ModelSpec) -> AttentionSpec | None:
-    """The method that ``spec`` is served with; None: dense.
+    """The method that ``spec`` is served with, with the sizes that are used; None: dense.
 
     Raises:
-        ConfigError: if the checkpoint was trained for another one.
+        ConfigError: if the checkpoint was trained for another one, or cannot be served with it.
     """
     trained = "dense" if spec.attention is None else spec.attention.name
-    if config.name not in ("auto", trained):
+    name = trained if config.name == "auto" else config.name
+    if "landmark" in (name, trained) and name != trained:
         raise ConfigError(
             f"attention.name={config.name} is not allowed: {spec.name} was trained with {trained} attention; auto"
         )
     if isinstance(spec.attention, LandmarkSpec):
         _check_landmark(config, spec, spec.attention)
-    elif spec.attention is not None:
-        raise ConfigError(f"{spec.name} was trained with {trained} attention, which is not served yet")
-    return spec.attention
+    if name != "cca":
+        _refuse_options(config, CORE_OPTIONS, "cca", name)
+    if name != "landmark":
+        _refuse_options(config, LANDMARK_OPTIONS, "landmark", name)
+    return _choose_cca(config, spec) if name == "cca" else spec.attention if name == "landmark" else None
+
+
+def _refuse_options(config: AttentionConfig, names: tuple[str, ...], method: str, used: str) -> None:
+    """Options that are not as they are by default, and are of another method."""
+    for field in fields(AttentionConfig):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise ConfigError(
+                f"attention.{field.name}={value} is not allowed with {used} attention: it is for {method}"
+            )
 
 
 def _check_landmark(config: AttentionConfig, spec: ModelSpec, trained: LandmarkSpec) -> None:
@@ -66,3 +92,37 @@ def _check_landmark(config: AttentionConfig, spec: ModelSpec, trained: LandmarkS
         )
     if any(window is not None for window in spec.sliding_windows):
         raise ConfigError(f"{spec.name} has sliding windows, with which landmark attention is not supported")
+
+
+def choose_sizes(spec: CCASpec, group_size: int | None, window: int | None) -> tuple[int, int]:
+    """Group size and window, those of ``spec`` where None; raises ``ValueError`` if they do not go together."""
+    group_size, window = group_size or spec.group_size, window or spec.window
+    if window < group_size:
+        raise ValueError(
+            f"attention.window={window} is not allowed with attention.group_size={group_size}: a window holds at "
+            "least one group"
+        )
+    return group_size, window
+
+
+def warn_untrained(method: AttentionSpec | None, spec: ModelSpec) -> None:
+    """Say in the log if a checkpoint is served with another method than it was trained with."""
+    used, trained = (("dense" if one is None else one.name) for one in (method, spec.attention))
+    if used != trained:
+        logger.warning("%s was trained with %s attention and is served with %s", spec.name, trained, used)
+
+
+def _choose_cca(config: AttentionConfig, spec: ModelSpec) -> CCASpec:
+    trained = spec.attention if isinstance(spec.attention, CCASpec) else DEFAULT_CCA
+    if any(window is not None for window in spec.sliding_windows):
+        raise ConfigError(f"attention.name=cca is not allowed: {spec.name} has sliding windows; dense")
+    if spec.rope_type in LENGTH_DEPENDENT:
+        raise ConfigError(
+            f"attention.name=cca is not allowed: {spec.name} has RoPE of type {spec.rope_type}, whose angles depend on "
+            "a sequence's length; dense"
+        )
+    try:
+        group_size, window = choose_sizes(trained, config.group_size, config.window)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return replace(trained, group_size=group_size, window=window)

@@ -14,13 +14,15 @@ import torch
 
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
-from longctx.attention.config import AttentionConfig, choose_method
+from longctx.attention.cca_paged import CoreAttention
+from longctx.attention.config import AttentionConfig, choose_method, warn_untrained
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig
+from longctx.engine.core_method import count_context_pages
 from longctx.engine.engine import Engine
 from longctx.engine.landmark_build import choose_for_blocks, make_near_runner, make_tiers, take_landmarks
 from longctx.errors import ConfigError
-from longctx.models.attention_spec import LandmarkSpec
+from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
 from longctx.models.config import ModelConfig
 from longctx.models.loading import load_model
@@ -67,6 +69,7 @@ class _Parts:
     decoder: PackedDecoder
     pool: PagePool
     max_context: int
+    method: AttentionSpec | None
     tiers: TieredPages | None = None  # whose near part the pool is
 
 
@@ -97,17 +100,16 @@ def build_engine(
     parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
     tokenizer = load_tokenizer(parts.spec, model_config.chat_template)
     decoder, pool = parts.decoder, parts.pool
-    if parts.tiers is not None:
+    if shards is None:
         engine = Engine(
             decoder,
-            parts.tiers,
+            parts.tiers or pool,
             tokenizer=tokenizer,
             config=engine_config,
             max_context=parts.max_context,
-            make_runner=partial(make_near_runner, decoder, pool),
+            make_runner=None if parts.tiers is None else partial(make_near_runner, decoder, pool),
+            cores=parts.method if isinstance(parts.method, CCASpec) else None,
         )
-    elif shards is None:
-        engine = Engine(decoder, pool, tokenizer=tokenizer, config=engine_config, max_context=parts.max_context)
     else:
         world_size, layout = shards.group.world_size, pool.layout
         config = replace(engine_config, max_batch_tokens=world_size * engine_config.max_batch_tokens)
@@ -165,13 +167,14 @@ def _load(
     spec, adapter = choose_adapter(model_config.adapter, spec)
     attention = attention or AttentionConfig()
     method = choose_method(attention, spec)
+    warn_untrained(method, spec)
+    if method is not None and shards is not None:
+        raise ConfigError(f"attention.name={method.name} is not allowed on several ranks (sp_degree)")
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)
     backend = _choose_attention(model_config.attention, spec, device=device, dtype=dtype)
     if isinstance(method, LandmarkSpec):
-        if shards is not None:
-            raise ConfigError(f"{spec.name} has landmark attention: ranks that share sequences are not supported; 1")
         backend, page_size = choose_for_blocks(model_config.attention, backend, method, engine_config.page_size)
     else:
         page_size = _choose_page_size(engine_config.page_size, backend)
@@ -179,15 +182,20 @@ def _load(
     if device.type == "cpu":
         torch.set_num_threads(engine_config.num_threads or max(1, _count_cores() // num_sharing))
     loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed, adapter=adapter)
+    if isinstance(method, CCASpec):
+        backend = CoreAttention(backend, loaded.rotary, method)
     if shards is not None:
         backend = ShardedAttention(backend, shards.group.on_device(device), timeout_s=shards.timeout_s)
     decoder = PackedDecoder(loaded, backend)
-    if method is None:
+    if not isinstance(method, LandmarkSpec):
         decoder.rotary.reserve(max_context)
     layout = decoder.layout(page_size)
     world_size = 1 if shards is None else shards.group.world_size
+    context_pages = layout.num_pages(max_context)
+    if isinstance(method, CCASpec):
+        context_pages = count_context_pages(method, engine_config, page_size, max_context)
     num_pages = _count_pages(
-        engine_config, layout, device, max_context=max_context, world_size=world_size, num_sharing=num_sharing
+        engine_config, layout, device, context_pages=context_pages, world_size=world_size, num_sharing=num_sharing
     )
     if shards is not None:
         num_pages = _agree_on_pages(shards, layout, num_pages)
@@ -195,9 +203,9 @@ def _load(
         tiers = make_tiers(attention, engine_config, layout, num_pages, device=device, max_context=max_context)
         take_landmarks(decoder, method, attention, num_pages=num_pages, layout=layout, tiers=tiers)
         if tiers is not None:
-            return _Parts(spec, decoder, tiers.near, max_context, tiers)
+            return _Parts(spec, decoder, tiers.near, max_context, method, tiers)
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
-    return _Parts(spec, decoder, pool, max_context)
+    return _Parts(spec, decoder, pool, max_context, method)
 
 
 def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
@@ -265,13 +273,13 @@ def _count_pages(
     layout: KVLayout,
     device: torch.device,
     *,
-    max_context: int,
+    context_pages: int,
     world_size: int,
     num_sharing: int,
 ) -> int:
     """Pages within this rank's KV budget, and never more than its share of ``max_sequences`` full contexts.
 
-    ``num_sharing`` ranks are on this machine.
+    A full context needs ``context_pages``; ``num_sharing`` ranks are on this machine.
     """
     budget = parse_budget(config.kv_bytes)
     is_auto = budget is None
@@ -290,13 +298,14 @@ def _count_pages(
             f"{layout.page_bytes} bytes ({layout.page_size} tokens, all layers)"
         )
     if is_auto:
-        num_pages = min(num_pages, -(-config.max_sequences * layout.num_pages(max_context) // world_size))
-    if num_pages * world_size * layout.page_size < max_context:
+        num_pages = min(num_pages, -(-config.max_sequences * context_pages // world_size))
+    if num_pages * world_size < context_pages:
         logger.warning(
-            "engine.kv_bytes=%s holds %d tokens; the model's context of %d is cut to that",
+            "engine.kv_bytes=%s holds %d pages of %d tokens; the model's context needs %d and is cut to what they hold",
             config.kv_bytes,
-            num_pages * world_size * layout.page_size,
-            max_context,
+            num_pages * world_size,
+            layout.page_size,
+            context_pages,
         )
     return num_pages
 

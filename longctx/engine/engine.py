@@ -16,14 +16,17 @@ from longctx.engine.admission import check_request
 from longctx.engine.announcer import LayerAnnouncer
 from longctx.engine.config import EngineConfig
 from longctx.engine.continuation import Continuation
+from longctx.engine.core_method import CoreMethod
 from longctx.engine.export import KVExport, Reservation
+from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.rows import DecodeRows
-from longctx.engine.runner import Runner, make_local_runner
+from longctx.engine.runner import Runner
 from longctx.engine.sampling import Sampler
-from longctx.engine.scheduler import Chunk, Scheduler
-from longctx.engine.sequence import INDEPENDENT, ActiveRequest, Int64Array, RopeLengths, Sequence
+from longctx.engine.scheduler import Chunk
+from longctx.engine.sequence import ActiveRequest, Int64Array, Sequence
 from longctx.errors import QueueFullError, RequestError
 from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
+from longctx.models.attention_spec import CCASpec
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
 from memory.pages import PageAllocator, PagePool
@@ -44,6 +47,7 @@ class Engine:
         config: batch and queue sizes.
         max_context: tokens of prompt and output together; lowered to what the pool holds.
         make_runner: what computes the steps, given the decoding sequences; None: this process alone.
+        cores: groups and windows of CCA attention, if that is the decoder's; this process alone.
     """
 
     def __init__(
@@ -55,32 +59,21 @@ class Engine:
         config: EngineConfig,
         max_context: int,
         make_runner: Callable[[DecodeRows], Runner] | None = None,
+        cores: CCASpec | None = None,
     ) -> None:
         self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
-        page_size = pool.layout.page_size
-        self.cache = PrefixCache(pool, enabled=config.prefix_cache)
-        self._rows = DecodeRows(
-            num_rows=2 * config.max_sequences,
-            num_tokens=config.max_sequences + max(config.max_batch_tokens, page_size),
-            num_table_pages=pool.layout.num_pages(min(max_context, pool.num_pages * page_size)),
-            page_size=page_size,
-        )
-        self._scheduler = Scheduler(
-            self.cache,
-            self._rows,
-            max_batch_tokens=config.max_batch_tokens,
-            max_sequences=config.max_sequences,
-            rope_lengths=_rope_lengths(decoder),
-        )
-        self._model_context = max_context
-        if make_runner is not None:
-            self._runner: Runner = make_runner(self._rows)
+        self.cache = PrefixCache(pool, enabled=config.prefix_cache and cores is None)
+        self._method: EngineMethod
+        if cores is None:
+            self._method = DenseMethod(
+                decoder, self.cache, config=config, max_context=max_context, make_runner=make_runner
+            )
         else:
-            assert isinstance(pool, PagePool)
-            self._runner = make_local_runner(decoder, pool, self._rows, config=config, max_context=max_context)
-        self.max_context = min(max_context, self.cache.num_available * page_size)
+            self._method = CoreMethod(cores, decoder, self.cache, config=config, max_context=max_context)
+        self._rows, self._scheduler, self._runner = self._method.rows, self._method.scheduler, self._method.runner
+        self._model_context, self.max_context = max_context, self._method.max_context
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)
-        self._announcer = LayerAnnouncer(num_layers=pool.layout.num_layers, page_size=page_size)
+        self._announcer = LayerAnnouncer(num_layers=pool.layout.num_layers, page_size=pool.layout.page_size)
         self._requests: dict[str, ActiveRequest] = {}  # added ones until they end or their export is done
         self._continuation = Continuation(self._scheduler, self._announcer, self._requests)
         self._reserved: dict[str, ActiveRequest] = {}
@@ -94,7 +87,7 @@ class Engine:
         return check_request(
             request,
             vocab_size=self.decoder.spec.vocab_size,
-            max_context=self.max_context,
+            max_context=self._method.context_of(request),
             model_context=self._model_context,
             max_sequences=self.config.max_sequences,
             hidden_token_id=self.decoder.spec.hidden_token_id,
@@ -127,6 +120,7 @@ class Engine:
 
         Raises ``RequestError`` as ``add`` does.
         """
+        assert self._method.ships_kv
         active = self._activate(request, None)
         sequence, num_rows = active.sequences[0], request.sampling.n
         # Whoever waits here came first.
@@ -259,7 +253,8 @@ class Engine:
         if request.request_id in self._requests or request.request_id in self._reserved:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         prompt = self.check(request)
-        params, room = request.sampling, self.max_context - len(prompt)
+        assert export is None or self._method.ships_kv
+        params, room = request.sampling, self._method.context_of(request) - len(prompt)
         self._num_arrivals += 1
         return ActiveRequest(
             request,
@@ -315,10 +310,3 @@ class Engine:
         for sequence in active.sequences:
             self._scheduler.drop(sequence)
         active.sequences = []
-
-
-def _rope_lengths(decoder: PackedDecoder) -> RopeLengths:
-    rotary = decoder.rotary
-    if not decoder.backend.depends_on_length:
-        return INDEPENDENT
-    return RopeLengths(rotary.length_threshold, rotary.restart_length, is_binary=rotary.rope_type == "longrope")

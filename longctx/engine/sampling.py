@@ -13,7 +13,7 @@ import torch
 
 from longctx.engine.random_stream import draw_uniform
 from longctx.errors import RequestError
-from longctx.messages import SamplingParams, TokenLogprob
+from longctx.messages import AttentionOptions, SamplingParams, TokenLogprob
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -77,6 +77,10 @@ def validate(params: SamplingParams, *, vocab_size: int) -> None:
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"{name} holds {token_id}; token ids are 0 to {vocab_size - 1}", param=name)
+    for name in AttentionOptions.__slots__ if params.attention is not None else ():
+        value = getattr(params.attention, name)
+        if value is not None and value < 1:
+            raise RequestError(f"attention.{name}={value} is not allowed: at least 1", param="attention")
     for token_id, bias in params.logit_bias:
         if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
             raise RequestError(

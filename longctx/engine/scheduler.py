@@ -184,12 +184,17 @@ class Scheduler:
             if sequence.row < 0:  # preempted for an earlier one
                 continue
             self.remember(sequence)
-            page = self.cache.pool.allocate(1)
-            while page is None and sequence.row >= 0:
-                self._preempt(self._latest())
-                page = None if sequence.row < 0 else self.cache.pool.allocate(1)
+            page = self._take_page(sequence)
             if page is not None:
-                self.rows.add_page(sequence, page[0])
+                self.rows.add_page(sequence, page)
+
+    def _take_page(self, sequence: Sequence) -> int | None:
+        """A page for a decoding sequence, at the expense of those that came last; None if that is itself."""
+        page = self.cache.pool.allocate(1)
+        while page is None and sequence.row >= 0:
+            self._preempt(self._latest())
+            page = None if sequence.row < 0 else self.cache.pool.allocate(1)
+        return None if page is None else page[0]
 
     def _latest(self) -> Sequence:
         """The sequence to preempt. Exported prompts are not: somebody may be reading their pages."""

@@ -14,6 +14,7 @@ from longctx.engine.output import OutputText
 from longctx.engine.sampling import SamplerState
 from longctx.messages import GenerationRequest, OutputDelta, TokenLogprob
 from longctx.models.tokenizer import Tokenizer
+from memory.core_pages import CorePages
 from memory.prefix_cache import DigestChain
 
 Int64Array = npt.NDArray[np.int64]
@@ -114,8 +115,8 @@ class Sequence:
     """One continuation of a prompt: its tokens, its pages and how far its KV is computed."""
 
     __slots__ = (
-        "active", "chain", "index", "key", "num_computed", "num_remembered", "outputs", "pages", "rope_floor", "row",
-        "sampler", "text",
+        "active", "chain", "cores", "index", "key", "num_computed", "num_remembered", "outputs", "pages", "rope_floor",
+        "row", "sampler", "text",
     )  # fmt: skip
 
     def __init__(self, active: ActiveRequest, index: int, sampler: SamplerState) -> None:
@@ -128,6 +129,7 @@ class Sequence:
         self.rope_floor = len(active.prompt)  # RopeLengths.floor of what is computed
         self.outputs: list[int] = []
         self.pages: list[int] = []
+        self.cores: CorePages | None = None  # under CCA attention, while it holds pages
         self.num_computed = 0  # tokens whose KV lies in ``pages``
         self.num_remembered = 0  # pages the prefix cache was told of
         self.row = -1  # index among the decode rows; -1: not decoding

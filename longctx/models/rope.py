@@ -87,6 +87,11 @@ class RotaryTable:
         inv_freq_TF = inv_freq_LF.index_select(0, which_T)
         return _turn(positions_T, inv_freq_TF, self.attention_scaling)
 
+    def turn_between(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``lookup`` at positions that need not be whole numbers; at those that are, the same values."""
+        assert not self.depends_on_length
+        return self._tables[0].turn(positions_T)
+
     def _frequencies_at(self, length: int) -> torch.Tensor:
         """Dynamic NTK frequencies at one length, remembered: a decode step asks for the same few lengths."""
         length = max(length, self.length_threshold or 0)
@@ -118,9 +123,12 @@ class _Table:
             return
         stop = max(num_positions, 2 * start)
         positions = torch.arange(start, stop, device=self._inv_freq.device)
-        cos_PD, sin_PD = _turn(positions, self._inv_freq, self._scaling)
+        cos_PD, sin_PD = self.turn(positions)
         self._cos_PD = torch.cat((self._cos_PD, cos_PD))
         self._sin_PD = torch.cat((self._sin_PD, sin_PD))
+
+    def turn(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _turn(positions_T, self._inv_freq, self._scaling)
 
     def lookup(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cos_PD.index_select(0, positions_T), self._sin_PD.index_select(0, positions_T)

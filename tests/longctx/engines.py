@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.engine.engine import Engine
@@ -14,15 +15,17 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 MAX_STEPS = 20_000
 
 
-def make_engine(folder: Path, *, num_pages: int | None = None, **options: Any) -> Engine:
+def make_engine(
+    folder: Path, *, num_pages: int | None = None, method: AttentionConfig | None = None, **options: Any
+) -> Engine:
     """An engine on the CPU; ``num_pages`` limits the pool, the rest are fields of either configuration."""
     model_options = {name: options.pop(name) for name in ("attention", "max_context") if name in options}
     model_config = ModelConfig(path=str(folder), device="cpu", **model_options)
     options = {"num_threads": 1, "max_sequences": 16, "kv_bytes": "4MiB"} | options
     if num_pages is not None:
-        probe = build_engine(model_config, EngineConfig(**options))
+        probe = build_engine(model_config, EngineConfig(**options), attention=method)
         options["kv_bytes"] = str(num_pages * probe.pool.layout.page_bytes)
-    return build_engine(model_config, EngineConfig(**options))
+    return build_engine(model_config, EngineConfig(**options), attention=method)
 
 
 def make_request(

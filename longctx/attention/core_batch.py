@@ -1,0 +1,32 @@
+"""What a batch under CCA attention says besides: which cores and tokens each query sees, and which groups end in it.
+
+Shape legend: T tokens in the batch, B segments, N groups that end, g tokens of a group, D rotary dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longctx.attention.batch import KeyRanges
+
+
+@dataclass(slots=True)
+class EndingGroups:
+    """Groups of one size whose last token is in the batch; their cores are made in this step. On the model's device."""
+
+    group_size: int
+    last_rows_N: torch.Tensor  # int64, rows of T
+    slots_M: torch.Tensor  # int64 [N * g], where the tokens' keys and values are
+    positions_M: torch.Tensor  # int64 [N * g], of the tokens
+    core_slots_N: torch.Tensor  # int64, where the cores go
+    cos_MD: torch.Tensor | None = None  # float32, at ``positions_M``; set in the first layer
+    sin_MD: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class CoreBatch:
+    """Of one batch; constant over its layers. Rows of the ranges are the batch's tokens."""
+
+    near: KeyRanges  # tokens as they are; tables hold the pages that the sequences still have
+    far: KeyRanges | None  # cores; None: no token of the batch sees one
+    ending: tuple[EndingGroups, ...]  # by group size

@@ -1,0 +1,88 @@
+"""CCA attention in the engine: what a request may ask for, how long contexts can be, and the parts that differ."""
+
+from longctx.attention.config import choose_sizes
+from longctx.engine.config import EngineConfig
+from longctx.engine.core_rows import CoreRows
+from longctx.engine.core_runner import CoreRunner
+from longctx.engine.core_scheduler import CoreScheduler
+from longctx.engine.method import count_step_tokens
+from longctx.engine.rows import DecodeRows
+from longctx.engine.runner import Runner
+from longctx.engine.scheduler import Scheduler
+from longctx.errors import RequestError
+from longctx.messages import GenerationRequest
+from longctx.models.attention_spec import CCASpec
+from longctx.models.packed import PackedDecoder
+from memory.core_pages import CoreCapacity, CoreSizes
+from memory.pages import PagePool
+from memory.prefix_cache import PrefixCache
+
+CHUNK_SHARE = 4  # a chunk takes at most 1/4 of the pool
+
+
+class CoreMethod:
+    """The ``EngineMethod`` of CCA.
+
+    Args:
+        spec: sizes of requests that name none.
+        decoder: the model.
+        cache: of a pool in this process; not enabled.
+        config: of the engine.
+        max_context: tokens that the model takes.
+    """
+
+    ships_kv = False
+
+    def __init__(
+        self, spec: CCASpec, decoder: PackedDecoder, cache: PrefixCache, *, config: EngineConfig, max_context: int
+    ) -> None:
+        pool, layout = cache.pool, cache.pool.layout
+        assert isinstance(pool, PagePool)
+        self._spec, self._num_pages, self._model_context = spec, pool.num_pages, max_context
+        most = min(config.max_batch_tokens, pool.num_pages * layout.page_size // CHUNK_SHARE)
+        self._capacity = _make_capacity(layout.page_size, most)
+        self.max_context = self._count_context(CoreSizes(spec.group_size, spec.window))
+        rows = CoreRows(
+            num_rows=2 * config.max_sequences,
+            num_tokens=count_step_tokens(config, layout.page_size),
+            num_table_pages=min(layout.num_pages(max_context), pool.num_pages),  # whatever sizes are asked for
+            page_size=layout.page_size,
+        )
+        self.rows: DecodeRows = rows
+        self.scheduler: Scheduler = CoreScheduler(
+            cache,
+            rows,
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            capacity=self._capacity,
+            sizes_of=self.sizes_of,
+        )
+        self.runner: Runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device)
+
+    def sizes_of(self, request: GenerationRequest) -> CoreSizes:
+        """Groups and window of a request; raises ``RequestError`` for what it must not ask for."""
+        options = request.sampling.attention
+        if options is None:
+            return CoreSizes(self._spec.group_size, self._spec.window)
+        try:
+            return CoreSizes(*choose_sizes(self._spec, options.group_size, options.window))
+        except ValueError as error:
+            raise RequestError(str(error), param="attention") from None
+
+    def context_of(self, request: GenerationRequest) -> int:
+        """Tokens of prompt and output together that fit the model and the pool; raises as ``sizes_of``."""
+        return self._count_context(self.sizes_of(request))
+
+    def _count_context(self, sizes: CoreSizes) -> int:
+        return self._capacity.count_tokens(sizes, self._num_pages, at_most=self._model_context)
+
+
+def count_context_pages(spec: CCASpec, config: EngineConfig, page_size: int, max_context: int) -> int:
+    """Pages of a sequence of ``max_context`` tokens in a pool where chunks are whole steps."""
+    capacity = _make_capacity(page_size, config.max_batch_tokens)
+    return capacity.count_pages(CoreSizes(spec.group_size, spec.window), max_context)
+
+
+def _make_capacity(page_size: int, chunk_size: int) -> CoreCapacity:
+    """With chunks of whole pages, at least one."""
+    return CoreCapacity(page_size, max(page_size, chunk_size - chunk_size % page_size))

@@ -1,0 +1,111 @@
+"""The decoding sequences under CCA attention: tables of the nearest tokens' pages, and of cores' pages beside them.
+
+A table row of tokens begins with the first page that its sequence still has; ``num_passed`` pages went before it.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from longctx.engine.rows import DecodeRows
+from longctx.engine.sequence import Int64Array, Sequence
+
+
+class CoreRows(DecodeRows):
+    """As ``DecodeRows``, with what CCA needs by row."""
+
+    def __init__(self, *, num_rows: int, num_tokens: int, num_table_pages: int, page_size: int) -> None:
+        super().__init__(num_rows=num_rows, num_tokens=num_tokens, num_table_pages=num_table_pages, page_size=page_size)
+        self.core_tables = np.zeros_like(self.tables)
+        self.group_sizes = np.ones(num_rows, dtype=np.int64)
+        self.windows = np.ones(num_rows, dtype=np.int64)
+        self.num_passed = np.zeros(num_rows, dtype=np.int64)  # pages of tokens that are no longer held
+
+    def add(self, sequence: Sequence) -> None:
+        super().add(sequence)
+        self._lay_cores(sequence, sequence.row)
+
+    def remove(self, sequence: Sequence) -> None:
+        row = sequence.row
+        super().remove(sequence)
+        if row < len(self.sequences):
+            self._lay_cores(self.sequences[row], row)
+
+    def at_change(self) -> list[Sequence]:
+        """Sequences whose next token begins a page, ends a group whose core begins one, or no longer sees a page."""
+        rows = slice(len(self.sequences))
+        position, group_size = self.positions[rows], self.group_sizes[rows]
+        first_page = first_tokens(position, group_size, self.windows[rows]) // self.page_size
+        core_idx, rest = np.divmod(position + 1, group_size)
+        is_core = (rest == 0) & ((core_idx - 1) % self.page_size == 0)
+        changed = is_core | (position % self.page_size == 0) | (first_page > self.num_passed[rows])
+        return [self.sequences[row] for row in np.flatnonzero(changed).tolist()]
+
+    def pass_pages(self, sequence: Sequence) -> list[int]:
+        """Take the pages out that no coming token sees; returns them."""
+        cores, row = sequence.cores, sequence.row
+        assert cores is not None
+        count = cores.sizes.first_token(int(self.positions[row])) // self.page_size - cores.num_passed
+        if count <= 0:
+            return []
+        passed, sequence.pages = sequence.pages[:count], sequence.pages[count:]
+        cores.num_passed += count
+        self.num_passed[row] = cores.num_passed
+        self.tables[row, : len(sequence.pages)] = sequence.pages
+        return passed
+
+    def lacks_page(self, sequence: Sequence) -> bool:
+        """Whether the next token has no place."""
+        assert sequence.cores is not None
+        return self.positions[sequence.row] // self.page_size - sequence.cores.num_passed >= len(sequence.pages)
+
+    def lacks_core_page(self, sequence: Sequence) -> bool:
+        """Whether the next token ends a group whose core has no place."""
+        cores = sequence.cores
+        assert cores is not None
+        num_cores = cores.sizes.num_cores(int(self.positions[sequence.row]) + 1)
+        return num_cores > len(cores.cores) * self.page_size
+
+    def add_core_page(self, sequence: Sequence, page: int) -> None:
+        """Append a page for cores to a sequence and its row."""
+        assert sequence.cores is not None
+        self.core_tables[sequence.row, len(sequence.cores.cores)] = page
+        sequence.cores.cores.append(page)
+
+    def locate_tokens(self) -> None:
+        count = len(self.sequences)
+        self.slots[:count] = self.locate(np.arange(count), self.positions[:count])
+
+    def locate(self, rows: Int64Array, positions: Int64Array) -> Int64Array:
+        """Slots of tokens at ``positions`` of the sequences of ``rows``; both of one shape."""
+        page_idx, offset = np.divmod(positions, self.page_size)
+        return self.tables[rows, page_idx - self.num_passed[rows]] * np.int64(self.page_size) + offset
+
+    def locate_cores(self, rows: Int64Array, core_idx: Int64Array) -> Int64Array:
+        """Slots of cores by their number in the sequence."""
+        page_idx, offset = np.divmod(core_idx, self.page_size)
+        return self.core_tables[rows, page_idx] * np.int64(self.page_size) + offset
+
+    def lay_chunk(
+        self, sequence: Sequence, start: int, stop: int, *, row: int, first_token: int
+    ) -> npt.NDArray[np.int64]:
+        last_token = first_token + stop - start
+        self.input_ids[first_token:last_token] = sequence.token_ids(start, stop)
+        positions = self.positions[first_token:last_token]
+        positions[:] = np.arange(start, stop)
+        self.kv_lens[row] = stop
+        self.tables[row, : len(sequence.pages)] = sequence.pages
+        self._lay_cores(sequence, row)
+        self.slots[first_token:last_token] = self.locate(np.full(stop - start, row), positions)
+        return positions
+
+    def _lay_cores(self, sequence: Sequence, row: int) -> None:
+        cores = sequence.cores
+        assert cores is not None
+        self.core_tables[row, : len(cores.cores)] = cores.cores
+        self.group_sizes[row], self.windows[row] = cores.sizes.group_size, cores.sizes.window
+        self.num_passed[row] = cores.num_passed
+
+
+def first_tokens(positions: Int64Array, group_sizes: Int64Array, windows: Int64Array) -> Int64Array:
+    """``CoreSizes.first_token`` of arrays."""
+    return np.maximum(0, (positions + 1 - windows) // group_sizes) * group_sizes

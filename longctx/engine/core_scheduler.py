@@ -1,0 +1,138 @@
+"""Scheduling under CCA attention: a sequence's pages follow its window instead of growing with its prompt.
+
+A prompt takes, when it starts, the pages of all its cores and as many as its nearest tokens and one chunk ever need;
+chunk by chunk, what no coming token sees holds the next tokens. What is left over goes back when the prompt is
+computed. So a prompt that has started always comes to its end, as without CCA. No page is found again by its content:
+what a page of cores holds depends on both sizes, and pages of tokens are gone when the next prompt comes.
+"""
+
+from collections.abc import Callable
+
+from longctx.engine.core_rows import CoreRows
+from longctx.engine.scheduler import Chunk, Scheduler
+from longctx.engine.sequence import Sequence
+from longctx.messages import GenerationRequest
+from memory.core_pages import CoreCapacity, CorePages, CoreSizes
+from memory.prefix_cache import PrefixCache
+
+
+class CoreScheduler(Scheduler):
+    """As ``Scheduler``.
+
+    Args:
+        cache: gives and takes pages; not enabled.
+        rows: the decoding sequences.
+        max_batch_tokens, max_sequences: as there.
+        capacity: how many pages sequences need.
+        sizes_of: groups and windows of a request that was checked.
+    """
+
+    rows: CoreRows
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        rows: CoreRows,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        capacity: CoreCapacity,
+        sizes_of: Callable[[GenerationRequest], CoreSizes],
+    ) -> None:
+        assert not cache.enabled
+        super().__init__(cache, rows, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        self._capacity, self._sizes_of = capacity, sizes_of
+
+    def allocate(self, sequence: Sequence) -> bool:
+        sizes, num_tokens = self._sizes_of(sequence.active.request), sequence.num_tokens
+        num_cores = self._capacity.count_core_pages(sizes, num_tokens)
+        num_pages = self._capacity.count_pages(sizes, num_tokens)
+        if self.cache.num_available < num_pages + len(self.rows.sequences):  # a spare page for each that decodes
+            return False
+        pages = self.cache.pool.allocate(num_pages)
+        assert pages is not None
+        sequence.cores = CorePages(sizes, pages[:num_cores], pages[num_cores:])
+        sequence.pages, sequence.num_computed, sequence.num_remembered = [], 0, 0
+        return True
+
+    def remember(self, sequence: Sequence) -> None:
+        """Give back what a sequence whose tokens are all computed no longer needs; the name is the base class's."""
+        cores = sequence.cores
+        if cores is None or sequence.row >= 0 or sequence.num_computed < sequence.num_tokens:
+            return
+        self._pass_pages(sequence, sequence.num_computed)
+        self._release(cores.spare)
+        cores.spare = []
+
+    def fork_pages(self, source: Sequence, target: Sequence) -> bool:
+        """Share full pages, of cores and of tokens, and copy partial ones; False if no page is left for these."""
+        cores = source.cores
+        assert cores is not None
+        size, pool = self._layout.page_size, self.cache.pool
+        num_full = source.num_computed // size - cores.num_passed
+        num_full_cores = cores.sizes.num_cores(source.num_computed) // size
+        partial = source.pages[num_full:] + cores.cores[num_full_cores:]
+        fresh = pool.allocate(len(partial), beside=partial)
+        if fresh is None:
+            return False
+        for old, new in zip(partial, fresh, strict=True):
+            pool.copy_page(old, new)
+        shared, shared_cores = source.pages[:num_full], cores.cores[:num_full_cores]
+        pool.retain(shared + shared_cores)
+        num_fresh = len(source.pages) - num_full
+        target.pages = shared + fresh[:num_fresh]
+        target.cores = CorePages(cores.sizes, shared_cores + fresh[num_fresh:], [], cores.num_passed)
+        target.num_computed = source.num_computed
+        return True
+
+    def drop(self, sequence: Sequence) -> None:
+        cores, sequence.cores = sequence.cores, None
+        super().drop(sequence)
+        if cores is not None:
+            self._release(cores.cores + cores.spare)
+
+    def _grow_decodes(self) -> None:
+        """Pages for tokens and cores that begin one; those that left a window go back first."""
+        for sequence in sorted(self.rows.at_change(), key=lambda s: s.key):
+            if sequence.row < 0:  # preempted for an earlier one
+                continue
+            self._release(self.rows.pass_pages(sequence))
+            if self.rows.lacks_page(sequence):
+                page = self._take_page(sequence)
+                if page is None:
+                    continue
+                self.rows.add_page(sequence, page)
+            if self.rows.lacks_core_page(sequence):
+                page = self._take_page(sequence)
+                if page is not None:
+                    self.rows.add_core_page(sequence, page)
+
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        added = super()._add_chunk(chunks, sequence, min(budget, self._capacity.chunk_size))
+        if added:
+            self._hold_chunk(chunks[-1])
+        return added
+
+    def _hold_chunk(self, chunk: Chunk) -> None:
+        """Make room for a chunk's tokens in pages that its sequence has."""
+        sequence, cores = chunk.sequence, chunk.sequence.cores
+        assert cores is not None
+        self._pass_pages(sequence, chunk.start)
+        missing = self._layout.num_pages(chunk.stop) - cores.num_passed - len(sequence.pages)
+        assert missing <= len(cores.spare)
+        sequence.pages += cores.spare[:missing]
+        del cores.spare[:missing]
+
+    def _pass_pages(self, sequence: Sequence, position: int) -> None:
+        """Pages before what the token at ``position`` sees become spare ones."""
+        cores = sequence.cores
+        assert cores is not None
+        count = cores.sizes.first_token(position) // self._layout.page_size - cores.num_passed
+        cores.spare += sequence.pages[:count]
+        del sequence.pages[:count]
+        cores.num_passed += count
+
+    def _release(self, pages: list[int]) -> None:
+        if pages:
+            self.cache.release(pages)
+            self.is_blocked = False
