@@ -108,7 +108,8 @@ def name_command(words, override):
     for count in (2, 1):
         if " ".join(words[:count]) in COMMANDS:
             return COMMANDS[" ".join(words[:count])]
-    return COMMANDS["generate" if override.startswith("generate.") else "serve"]
+    group = override.partition(".")[0]
+    return COMMANDS[group if group in ("generate", "eval") else "serve"]
 
 
 def test_every_override_that_is_told_exists():

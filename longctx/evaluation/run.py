@@ -121,7 +121,8 @@ class Evaluation:
         case = _make(task, cell, self._material)
         max_tokens = self._target.count(case.lead + case.ending) + self._config.extra_tokens
         if limit is not None and cell.length + max_tokens > limit:
-            case = _make(task, cell, replace(self._material, max_prompt=limit - max_tokens))
+            room = f" (a prompt may have {limit - max_tokens}: the context is {limit}, the answer takes {max_tokens})"
+            case = _make(task, cell, replace(self._material, max_prompt=limit - max_tokens), room)
         return case, Question(case.prompt, case.lead, max_tokens)
 
     def _advance(self) -> None:
@@ -142,11 +143,11 @@ class Evaluation:
             raise KeyboardInterrupt
 
 
-def _make(task: Task, cell: Cell, material: Material) -> Case:
+def _make(task: Task, cell: Cell, material: Material, room: str = "") -> Case:
     try:
         return task.make(cell, material)
     except TooShortError as error:
-        raise ConfigError(f"eval.lengths holds {cell.length}, too short for {cell.task}: {error}") from None
+        raise ConfigError(f"eval.lengths holds {cell.length}, too short for {cell.task}: {error}{room}") from None
 
 
 def _split(cells: Sequence[Cell], size: int) -> Iterator[Sequence[Cell]]:
