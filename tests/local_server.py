@@ -15,6 +15,7 @@ from cluster.config import ServerConfig
 from cluster.endpoint import make_app
 from cluster.local_backend import LocalBackend
 from cluster.serving import describe_model
+from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.engine.engine import Engine
@@ -37,12 +38,16 @@ class LocalServer:
 
 @contextmanager
 def serve(
-    folder: Path, *, engine: EngineConfig | None = None, server: ServerConfig | None = None
+    folder: Path,
+    *,
+    engine: EngineConfig | None = None,
+    server: ServerConfig | None = None,
+    method: AttentionConfig | None = None,
 ) -> Iterator[LocalServer]:
     """Serve the checkpoint in ``folder`` as ``MODEL_NAME`` until the block ends."""
     model_config = ModelConfig(path=str(folder), name=MODEL_NAME, attention="torch")
     engine_config = engine or EngineConfig(kv_bytes="4MiB", page_size=16, num_threads=1)
-    built = build_engine(model_config, engine_config)
+    built = build_engine(model_config, engine_config, attention=method)
     backend = LocalBackend(built, describe_model(inspect_checkpoint(folder), model_config), tokenizer=built.tokenizer)
     with socket.socket() as listener:
         # Connections inherit it: a client that does not read is felt after kilobytes, not megabytes.

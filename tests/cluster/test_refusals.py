@@ -78,6 +78,10 @@ BAD_FIELDS = [
     ({"stream_options": {"include_usage": True}}, "stream_options", None),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
     ({"temprature": 1}, "temprature", "unknown_parameter"),
+    ({"attention": 16}, "attention", None),
+    ({"attention": {"groups": 16}}, "attention", None),
+    ({"attention": {"window": 0}}, "attention.window", None),
+    ({"attention": {"window": 64}}, "attention", None),  # the model is served with dense attention
 ]
 
 
