@@ -47,6 +47,7 @@ def sequence_parallel_attention(
     causal: bool = True,
     cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     window: int | None = None,
+    window_group: int = 1,
     layout: str = "zigzag",
     layout_cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     scale: float | None = None,
@@ -69,6 +70,7 @@ def sequence_parallel_attention(
         cu_seqlens: int32 ``[num_documents + 1]`` over the global sequence of keys, batch 1: nothing is seen across
             documents.
         window: query i sees only keys j with 0 <= i - j < window.
+        window_group: the window reaches back to a multiple of this, from the document's beginning on; see ``Mask``.
         layout: who holds what: ``contiguous``, ``zigzag`` (rank r holds chunks r and 2W-1-r), ``striped`` or
             ``balanced`` (for packed documents).
         layout_cu_seqlens: boundaries that ``balanced`` was cut by; None: ``cu_seqlens``.
@@ -96,14 +98,17 @@ def sequence_parallel_attention(
         raise ValueError(f"timeout_s={timeout_s} is not allowed: seconds, above 0")
     bounds, layout_bounds = _to_bounds(cu_seqlens), _to_bounds(layout_cu_seqlens)
     links = LinkModel() if links is None else links
-    choices = _Choices(plan, causal, bounds, window, layout, layout_bounds, scale, num_nodes, links, kept is None)
+    chosen_window = window, window_group
+    choices = _Choices(
+        plan, causal, bounds, *chosen_window, layout, layout_bounds, scale, num_nodes, links, kept is None
+    )
     if trace is not None and q.device.type != "cpu":
         raise ValueError(f"trace with tensors on {q.device.type} is not allowed: it shows what a CPU does")
     folder = None if trace is None else Path(trace)
     carrier = open_carrier(group, q.device)
     problem = choices.make_problem(q, _agree(carrier, choices, (q, k, v), folder, timeout_s))
     exchange_plan = make_plan(plan, problem, links, backward=torch.is_grad_enabled(), may_keep=choices.may_keep)
-    kernel = choose_kernel(q.device, q.dtype, q.shape[3])
+    kernel = choices.choose_kernel(q)
     run = _Run(exchange_plan, carrier, kernel, scale or q.shape[-1] ** -0.5, timeout_s, folder)
     out, lse = _Attention.apply(q, k, v, run, None)
     if kept is not None:
@@ -132,6 +137,7 @@ class _Choices:
     causal: bool
     cu_seqlens: tuple[int, ...] | None
     window: int | None
+    window_group: int
     layout: str
     layout_cu_seqlens: tuple[int, ...] | None
     scale: float | None
@@ -168,8 +174,12 @@ class _Choices:
             )
         list_cu_seqlens(self.cu_seqlens)
         list_cu_seqlens(self.layout_cu_seqlens)
-        Mask(self.causal, self.window)
-        choose_kernel(q.device, q.dtype, q.shape[3])
+        Mask(self.causal, self.window, None, self.window_group)
+        self.choose_kernel(q)
+
+    def choose_kernel(self, q: torch.Tensor) -> TileKernel:
+        """For q's device, dtype and head size."""
+        return choose_kernel(q.device, q.dtype, q.shape[3], has_stairs=self.window_group > 1)
 
     def digest(self, q: torch.Tensor, k: torch.Tensor) -> int:
         """A number that is equal where the choices and the shapes that must be equal are."""
@@ -180,7 +190,7 @@ class _Choices:
         """From every rank's numbers of queries and keys. Raises ``ValueError`` if they are not the layout's."""
         num_q, num_kv = sum(own[0] for own in lengths), sum(own[1] for own in lengths)
         problem = make_problem(
-            Mask(self.causal, self.window, self.cu_seqlens),
+            Mask(self.causal, self.window, self.cu_seqlens, self.window_group),
             num_q,
             num_kv,
             (q.shape[2], lengths[0][2], q.shape[3]),
@@ -242,8 +252,8 @@ def _agree(
         if digest != numbers[1]:
             raise ValueError(
                 f"rank {rank} was called with other arguments than rank {carrier.rank}: plan, causal, cu_seqlens, "
-                "window, layout, layout_cu_seqlens, scale, num_nodes, links, dtype, batch, heads and head_dim must be "
-                "equal, and whether results are kept for a recomputation"
+                "window, window_group, layout, layout_cu_seqlens, scale, num_nodes, links, dtype, batch, heads and "
+                "head_dim must be equal, and whether results are kept for a recomputation"
             )
     return [(num_q, num_kv, num_kv_heads) for _, _, num_q, num_kv, num_kv_heads in everyone]
 

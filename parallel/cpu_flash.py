@@ -9,7 +9,7 @@ expanded without a copy.
 import torch
 
 from parallel.delta import output_with
-from parallel.tile_attention import Block, TileKernel, accumulator_dtype
+from parallel.tile_attention import Block, TileKernel, accumulator_dtype, clear_empty_rows_, make_block_mask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -34,6 +34,8 @@ class CpuFlash(TileKernel):
             out_GKSD, lse_GKS = _flash(q, k, v, 0.0, block.is_causal, attn_mask=mask, scale=scale)
             out_BSHD[index] = _ungrouped(out_GKSD)
             lse_BSH[index] = _ungrouped(lse_GKS[..., None])[..., 0]
+        if mask is not None and block.stairs is not None:
+            clear_empty_rows_(mask.isinf().all(1), out_BSHD, lse_BSH)
         return out_BSHD, lse_BSH
 
     def backward(
@@ -85,9 +87,5 @@ def _ungrouped(x_GKSD: torch.Tensor) -> torch.Tensor:
 
 
 def _make_mask(block: Block, dtype: torch.dtype) -> torch.Tensor | None:
-    if block.low is None:
-        return None
-    row = torch.arange(block.q_stop - block.q_start)[:, None]
-    column = torch.arange(block.kv_stop - block.kv_start)[None]
-    hidden = (column < row + block.low) | (column > row + block.high)
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    hidden = make_block_mask(block, torch.device("cpu"))
+    return None if hidden is None else torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))

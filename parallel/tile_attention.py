@@ -13,11 +13,12 @@ from itertools import pairwise
 
 import torch
 
-from parallel.mask import UNBOUNDED, Tile
+from parallel.mask import UNBOUNDED, Stairs, Tile
 from parallel.merge import merge_partial_
 from parallel.registry import Registry
 
 BAND_ROWS = 512  # rows of a window that share one mask
+LOWEST_LSE = -1e30  # of a row that sees nothing: two of them can be merged, which minus infinity cannot
 
 TILE_ATTENTION = Registry(
     "tile attention",
@@ -25,9 +26,11 @@ TILE_ATTENTION = Registry(
         "cpu_flash": "parallel.cpu_flash:CpuFlash",
         "flash_attn": "parallel.flash_attn:FlashAttn",
         "torch_flash": "parallel.torch_flash:TorchFlash",
+        "torch_products": "parallel.torch_products:TorchProducts",
     },
 )
 PREFERENCE = ("flash_attn", "torch_flash", "cpu_flash")  # what "auto" tries, first to last
+STAIRS_PREFERENCE = ("cpu_flash", "torch_products")  # for windows that reach back to a group's border
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Block:
     is_causal: bool = False
     low: int | None = None  # row i of the block sees columns i + low .. i + high
     high: int = UNBOUNDED
+    stairs: Stairs | None = None  # beside a band; counted from the block's corner
 
 
 class TileKernel(ABC):
@@ -88,13 +92,17 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name: str = "auto") -> TileKernel:
-    """The kernel ``name``, or for ``auto`` the first of ``PREFERENCE`` that can run.
+def choose_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, name: str = "auto", *, has_stairs: bool = False
+) -> TileKernel:
+    """The kernel ``name``, or for ``auto`` the first of ``PREFERENCE`` that can run; with ``has_stairs`` the first that
+    takes tiles with stairs.
 
     Raises ``ValueError`` if it cannot run on this device, dtype or head size, saying what each kernel takes.
     """
     reasons = []
-    for candidate in PREFERENCE if name == "auto" else (name,):
+    preference = STAIRS_PREFERENCE if has_stairs else PREFERENCE
+    for candidate in preference if name == "auto" else (name,):
         kernel = TILE_ATTENTION.get(candidate)
         reason = kernel.unsupported(device, dtype, head_dim)
         if reason is None:
@@ -160,10 +168,10 @@ def decompose(tile: Tile) -> Iterator[Block]:
     num_rows, num_columns = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
     if tile.is_full:
         yield Block(0, num_rows, 0, num_columns)
-    elif tile.low == -UNBOUNDED:
+    elif tile.low == -UNBOUNDED and tile.stairs is None:
         yield from _decompose_causal(num_rows, num_columns, tile.high)
     else:
-        yield from _decompose_band(num_rows, num_columns, tile.low, tile.high)
+        yield from _decompose_band(num_rows, num_columns, tile)
 
 
 def split_heads(heads: tuple[int, int], group_size: int) -> list[tuple[slice, slice]]:
@@ -188,9 +196,29 @@ def _decompose_causal(num_rows: int, num_columns: int, high: int) -> Iterator[Bl
         yield Block(square, num_rows, 0, num_columns)
 
 
-def _decompose_band(num_rows: int, num_columns: int, low: int, high: int) -> Iterator[Block]:
+def make_block_mask(block: Block, device: torch.device) -> torch.Tensor | None:
+    """Bool ``[S, L]`` of a band's hidden entries; None where a block is none."""
+    if block.low is None:
+        return None
+    row = torch.arange(block.q_stop - block.q_start, device=device)[:, None]
+    column = torch.arange(block.kv_stop - block.kv_start, device=device)[None]
+    hidden = (column < row + block.low) | (column > row + block.high)
+    if (stairs := block.stairs) is not None:
+        edge = (stairs.q_position + row * stairs.step + 1 - stairs.window).div(stairs.group, rounding_mode="floor")
+        hidden |= stairs.kv_position + column * stairs.step < edge * stairs.group
+    return hidden
+
+
+def clear_empty_rows_(is_empty_S: torch.Tensor, out_BSHD: torch.Tensor, lse_BSH: torch.Tensor) -> None:
+    """Make rows that see nothing count nothing in a merge, whatever comes before or after."""
+    out_BSHD[:, is_empty_S] = 0
+    lse_BSH[:, is_empty_S] = LOWEST_LSE
+
+
+def _decompose_band(num_rows: int, num_columns: int, tile: Tile) -> Iterator[Block]:
     for first in range(0, num_rows, BAND_ROWS):
         end = min(first + BAND_ROWS, num_rows)
-        left, right = max(0, first + low), min(num_columns, end + high)
+        left, right = max(0, first + tile.low), min(num_columns, end + tile.high)
         shift = left - first
-        yield Block(first, end, left, right, low=low - shift, high=high - shift)
+        stairs = None if tile.stairs is None else tile.stairs.cut(first, left)
+        yield Block(first, end, left, right, low=tile.low - shift, high=tile.high - shift, stairs=stairs)

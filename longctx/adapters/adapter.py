@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from longctx.adapters.config import PeftConfig
 from longctx.adapters.folder import (
+    ATTENTION_FILE,
     CONFIG_FILE,
     EMBEDDING,
     HEAD,
@@ -32,6 +33,7 @@ from longctx.adapters.folder import (
 from longctx.adapters.merge import merge_adapter
 from longctx.adapters.method import AdapterMethod, Shapes, norm_layers
 from longctx.adapters.registry import ADAPTERS
+from longctx.models.attention_spec import KEY as ATTENTION_KEY
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -146,7 +148,10 @@ def save_adapter(state: dict[str, torch.Tensor], model: PreTrainedModel, folder:
     if settings.get("ensure_weight_tying") and PREFIX + EMBEDDING in tensors:
         tensors[PREFIX + HEAD] = tensors[PREFIX + EMBEDDING].clone()  # peft wants the tied one, too
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-    for name, content in ((CONFIG_FILE, settings), (ROPE_FILE, _read_rope(model))):
+    contents = {CONFIG_FILE: settings, ROPE_FILE: _read_rope(model)}
+    if (attention := getattr(model.config, ATTENTION_KEY, None)) is not None:
+        contents[ATTENTION_FILE] = {ATTENTION_KEY: attention}
+    for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

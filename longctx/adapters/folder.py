@@ -1,8 +1,9 @@
 """What an adapter folder holds, and whether it goes with a base model. No torch here.
 
 PEFT's format: adapter_config.json and adapter_model.safetensors, tensors named as in ``PeftModel``. Norms and
-embeddings that were trained with the adapter are whole tensors under the base's names. Only headers are read. One file
-is ours: rope.json, the RoPE it was trained with, which context extension changes and PEFT has no place for.
+embeddings that were trained with the adapter are whole tensors under the base's names. Only headers are read. Two files
+are ours, of what PEFT has no place for: rope.json, the RoPE it was trained with, which context extension changes, and
+attention.json, the attention, if that is not dense.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 from longctx.adapters.method import ANY, AdapterMethod, Settings, Shapes, linear_layers
 from longctx.adapters.registry import ADAPTERS
 from longctx.errors import CheckpointError
+from longctx.models.attention_spec import AttentionSpec, CCASpec, read_attention
 from longctx.models.checkpoint import ModelSpec, weight_shapes
 from longctx.models.families import FAMILIES
 from longctx.models.rope_config import count_context, read_rope
@@ -20,6 +22,7 @@ from longctx.models.tensor_files import TensorEntry, read_header, read_json
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 ROPE_FILE = "rope.json"
+ATTENTION_FILE = "attention.json"
 ROPE_FIELDS = ("rope_parameters", "max_position_embeddings")  # of the base's config.json
 PREFIX = "base_model.model."
 EMBEDDING = "model.embed_tokens.weight"
@@ -37,6 +40,7 @@ class AdapterFolder:
     tensors: tuple[str, ...]  # the adapter's own, as in the file
     whole_tensors: tuple[str, ...]  # names of the base's tensors that it replaces
     rope: dict[str, Any]  # ROPE_FIELDS as it was trained; empty: the base's own
+    attention: dict[str, Any]  # of config.json, as it was trained; empty: the base's own
 
 
 def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str, architecture: str) -> AdapterFolder:
@@ -73,18 +77,22 @@ def inspect_adapter(path: str | Path, shapes: Shapes, *, base: str, architecture
     _check_partners(folder, own, method)
     _check_layers(folder, own, settings, shapes, base)
     _check_tied(folder, settings, whole, shapes)
-    rope = read_json(folder / ROPE_FILE) if (folder / ROPE_FILE).is_file() else {}
-    return AdapterFolder(folder.resolve(), method.name, settings, own, tuple(n for n in whole if n in shapes), rope)
+    rope, attention = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in (ROPE_FILE, ATTENTION_FILE)
+    )
+    whole = tuple(name for name in whole if name in shapes)
+    return AdapterFolder(folder.resolve(), method.name, settings, own, whole, rope, attention)
 
 
 def choose_adapter(path: str | None, spec: ModelSpec) -> tuple[ModelSpec, AdapterFolder | None]:
-    """``model.adapter``, and its checkpoint with the RoPE that the adapter was trained with. Raises as
-    ``inspect_adapter``; without a path nothing changes."""
+    """``model.adapter``, and its checkpoint with the RoPE and the attention that the adapter was trained with. Raises
+    as ``inspect_adapter``, and for an attention that the checkpoint cannot have; without a path nothing changes."""
     if path is None:
         return spec, None
     architecture = FAMILIES[spec.family].architecture
     base = f"{spec.name} ({spec.family})"
     adapter = inspect_adapter(path, weight_shapes(spec), base=base, architecture=architecture)
+    spec = replace(spec, attention=_choose_attention(adapter, spec))
     if not adapter.rope:
         return spec, adapter
     num_positions = adapter.rope.get("max_position_embeddings")
@@ -93,6 +101,17 @@ def choose_adapter(path: str | None, spec: ModelSpec) -> tuple[ModelSpec, Adapte
     rope = read_rope(adapter.path, {"model_type": spec.family, "head_dim": spec.head_dim} | adapter.rope)
     max_context = count_context(rope, num_positions)
     return replace(spec, rope_type=rope["rope_type"], rope_parameters=rope, max_context=max_context), adapter
+
+
+def _choose_attention(adapter: AdapterFolder, spec: ModelSpec) -> AttentionSpec | None:
+    """CCA may have come with the adapter, whatever its sizes; anything else is the checkpoint's own."""
+    trained = read_attention(adapter.path, {"vocab_size": spec.vocab_size} | adapter.attention)
+    if trained is None or trained == spec.attention:
+        return spec.attention
+    if isinstance(trained, CCASpec) and (spec.attention is None or isinstance(spec.attention, CCASpec)):
+        return trained
+    has = "dense attention" if spec.attention is None else spec.attention
+    raise CheckpointError(f"{adapter.path}: {ATTENTION_FILE}: it was trained with {trained}; {spec.name} has {has}")
 
 
 def find_method(folder: Path, settings: Settings) -> AdapterMethod:

@@ -1,7 +1,7 @@
 """Blocks of landmark attention: which tokens lie in which, and in which slots kernels find them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,7 @@ import torch
 class Blocks:
     """Where the tokens of one sequence lie in blocks; int64, on the CPU."""
 
-    size: int  # P
+    size: int  # P; one above the longest block, or more
     rows_MP: torch.Tensor  # token of each slot; its landmark in the last, 0 where there is none
     lengths_M: torch.Tensor  # normal tokens
     block_S: torch.Tensor  # of each token
@@ -22,6 +22,12 @@ class Blocks:
     def starts_M(self) -> torch.Tensor:
         """First token of each block."""
         return self.rows_MP[:, 0]
+
+    def pad(self, size: int) -> "Blocks":
+        """The same with ``size`` slots for each block, at least those that there are."""
+        rows = self.rows_MP.new_zeros(len(self.rows_MP), size)
+        rows[:, : self.size - 1], rows[:, -1] = self.rows_MP[:, :-1], self.rows_MP[:, -1]
+        return replace(self, size=size, rows_MP=rows)
 
 
 def find_blocks(is_landmark_S: torch.Tensor, bounds: Sequence[int]) -> Blocks:
@@ -44,7 +50,7 @@ def find_blocks(is_landmark_S: torch.Tensor, bounds: Sequence[int]) -> Blocks:
     if not bool((lengths > 0).all()):
         at = int(starts[(lengths == 0).nonzero()[0, 0]])
         raise ValueError(f"is_landmark is not allowed: the block at token {at} has no token but its landmark")
-    size = max(16, 1 << int(lengths.max()).bit_length())  # a power of two above the longest: the landmark has a slot
+    size = int(lengths.max()) + 1  # the landmark has a slot
     slots = torch.arange(size)
     rows = torch.where(slots < lengths[:, None], starts[:, None] + slots, 0)
     rows[:, -1] = torch.where(has_landmark, stops - 1, 0)

@@ -26,6 +26,7 @@ def attend_with_triton(
     q_1SHD: torch.Tensor, k_1SKD: torch.Tensor, v_1SKD: torch.Tensor, blocks: Blocks, scale: float
 ) -> torch.Tensor:
     """``longctx.attention.landmark.attend_with_torch`` on a GPU; products in the tensors' dtype, sums in float32."""
+    blocks = blocks.pad(max(16, triton.next_power_of_2(blocks.size)))
     rows_N = blocks.rows_MP.flatten().to(q_1SHD.device)
     k_NKD, v_NKD = k_1SKD[0].index_select(0, rows_N), v_1SKD[0].index_select(0, rows_N)
     return _TritonLandmark.apply(q_1SHD[0], k_NKD, v_NKD, _Tables(blocks, q_1SHD.device), scale)[None]

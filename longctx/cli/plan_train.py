@@ -13,6 +13,7 @@ from longctx.cli.plan_train_config import PlanTrainConfig
 from longctx.errors import ConfigError
 from longctx.models.checkpoint import ModelSpec, inspect_checkpoint
 from longctx.training.advice import advise, find_longest_context
+from longctx.training.attention_choice import settle_attention
 from longctx.training.config import TrainConfig
 from longctx.training.memory_plan import MemoryPlan, plan_memory
 from longctx.training.preflight import check_config
@@ -56,7 +57,8 @@ def plan_train(config: PlanTrainConfig) -> int:
     from longctx.training.peak import choose_dtype
 
     dtype = choose_dtype(config.model.dtype, find_device_type(config.model.device))
-    config = replace(config, model=replace(config.model, dtype=dtype))
+    attention = settle_attention(config.attention, spec, context_length=config.train.context_length, peft=config.peft)
+    config = replace(config, model=replace(config.model, dtype=dtype), attention=attention)
     world_size = config.parallel.dp_degree * config.parallel.sp_degree
     machine = replace(config.machine, peak_flops=config.machine.peak_flops or config.logger.peak_flops)
     limits = find_limits(machine, device_name=config.model.device, dtype=config.model.dtype, num_processes=world_size)

@@ -20,7 +20,7 @@ from longctx.adapters.folder import AdapterFolder
 from longctx.errors import CheckpointError
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.rope import RotaryTable
-from longctx.models.sharded_model import Sharder, draw_weights, read_sharded_weights, refuse_problems
+from longctx.models.sharded_model import Sharder, draw_weights, read_weights, refuse_problems
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +93,16 @@ def build_model(
     random_weights_seed: int | None = None,
     sharder: Sharder | None = None,
 ) -> PreTrainedModel:
-    """A transformers model of ``spec``'s weights that is otherwise as ``config`` says. See ``load_model``.
+    """A transformers model of ``spec``'s weights that is otherwise as ``config`` says. See ``load_model``; a higher
+    ``vocab_size`` than the checkpoint's adds rows (``read_weights``).
 
     ``sharder``: cuts the weights up as they come; they are on ``device`` then.
     """
     with _TRANSFORMERS_LOCK:
         if random_weights_seed is not None:
             return draw_weights(config, dtype=dtype, device=device, seed=random_weights_seed, sharder=sharder)
-        if sharder is not None:
-            model = read_sharded_weights(spec, config, dtype=dtype, device=device, sharder=sharder)
+        if sharder is not None or config.vocab_size != read_transformers_config(spec).vocab_size:
+            model = read_weights(spec, config, dtype=dtype, device=device, sharder=sharder)
         else:
             model = _read_weights(spec, config, dtype)
     logger.info("loaded %s: %.1f million parameters in %s", spec.path, spec.num_parameters / 1e6, dtype)

@@ -80,17 +80,39 @@ class RotaryTable:
             is_long_T1 = (rope_lens_T > self.length_threshold).unsqueeze(1)
             long_cos_TD, long_sin_TD = self._tables[1].lookup(positions_T)
             return torch.where(is_long_T1, long_cos_TD, cos_TD), torch.where(is_long_T1, long_sin_TD, sin_TD)
-        lengths, which_T = rope_lens_T.unique(return_inverse=True)
-        if not lengths.numel() or lengths[-1] <= self.length_threshold:
+        if not rope_lens_T.numel() or int(rope_lens_T.max()) <= self.length_threshold:
             return cos_TD, sin_TD
+        return _turn(positions_T, self._frequencies_of(rope_lens_T), self.attention_scaling)
+
+    def turn(self, positions: torch.Tensor, rope_lens_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``lookup`` without tables: float32 cosines and sines ``[*positions.shape, D]`` of any positions.
+
+        Args:
+            positions: ``[T]`` or ``[T, heads]``, whole or between tokens, on the table's device.
+            rope_lens_T: see ``lookup``.
+        """
+        inv_freq = self._tables[0].inv_freq
+        if self.length_threshold is not None and self.rope_type == "longrope":
+            is_long_T1 = (rope_lens_T > self.length_threshold).unsqueeze(1)
+            inv_freq = torch.where(is_long_T1, self._tables[1].inv_freq, inv_freq)
+        elif self.length_threshold is not None:
+            inv_freq = self._frequencies_of(rope_lens_T)
+        if positions.ndim == 2 and inv_freq.ndim == 2:
+            inv_freq = inv_freq.unsqueeze(1)
+        return _turn(positions, inv_freq, self.attention_scaling)
+
+    def _frequencies_of(self, rope_lens_T: torch.Tensor) -> torch.Tensor:
+        """Dynamic NTK frequencies ``[T, F]`` at the lengths of tokens."""
+        lengths, which_T = rope_lens_T.unique(return_inverse=True)
+        if not lengths.numel():
+            return self._tables[0].inv_freq.expand(0, -1)
         inv_freq_LF = torch.stack([self._frequencies_at(length) for length in lengths.tolist()]).to(self.device)
-        inv_freq_TF = inv_freq_LF.index_select(0, which_T)
-        return _turn(positions_T, inv_freq_TF, self.attention_scaling)
+        return inv_freq_LF.index_select(0, which_T)
 
     def turn_between(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``lookup`` at positions that need not be whole numbers; at those that are, the same values."""
         assert not self.depends_on_length
-        return self._tables[0].turn(positions_T)
+        return self.turn(positions_T, positions_T)
 
     def _frequencies_at(self, length: int) -> torch.Tensor:
         """Dynamic NTK frequencies at one length, remembered: a decode step asks for the same few lengths."""
@@ -112,7 +134,7 @@ class _Table:
     """Cosines and sines of one set of frequencies, grown on demand."""
 
     def __init__(self, inv_freq: torch.Tensor, scaling: float, device: torch.device) -> None:
-        self._inv_freq = inv_freq.float().to(device)
+        self.inv_freq = inv_freq.float().to(device)
         self._scaling = scaling
         self._cos_PD = torch.empty(0, 2 * inv_freq.shape[0], device=device)
         self._sin_PD = torch.empty_like(self._cos_PD)
@@ -122,21 +144,19 @@ class _Table:
         if num_positions <= start:
             return
         stop = max(num_positions, 2 * start)
-        positions = torch.arange(start, stop, device=self._inv_freq.device)
-        cos_PD, sin_PD = self.turn(positions)
+        positions = torch.arange(start, stop, device=self.inv_freq.device)
+        cos_PD, sin_PD = _turn(positions, self.inv_freq, self._scaling)
         self._cos_PD = torch.cat((self._cos_PD, cos_PD))
         self._sin_PD = torch.cat((self._sin_PD, sin_PD))
-
-    def turn(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _turn(positions_T, self._inv_freq, self._scaling)
 
     def lookup(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cos_PD.index_select(0, positions_T), self._sin_PD.index_select(0, positions_T)
 
 
 def _turn(positions_T: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``[T, D]`` of positions times frequencies ``[D / 2]`` or ``[T, D / 2]``."""
-    angles = positions_T.unsqueeze(1).float() * inv_freq
+    """Cosines and sines ``[T, D]`` of positions times frequencies ``[D / 2]`` or ``[T, D / 2]``; or of more dimensions
+    before D."""
+    angles = positions_T.unsqueeze(-1).float() * inv_freq
     angles_TD = torch.cat((angles, angles), dim=-1)
     return angles_TD.cos() * scaling, angles_TD.sin() * scaling
 

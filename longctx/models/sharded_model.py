@@ -16,6 +16,8 @@ from longctx.errors import CheckpointError
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.tensor_files import TensorEntry, read_tensor_entries
 
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # a row for each token
+
 
 class Sharder(Protocol):
     """Cuts weights up over ranks; all ranks give it the same modules in the same order."""
@@ -39,10 +41,13 @@ def draw_weights(
     return _build(config, dtype, device, seed, fill, sharder)
 
 
-def read_sharded_weights(
-    spec: ModelSpec, config: Any, *, dtype: torch.dtype, device: torch.device, sharder: Sharder
+def read_weights(
+    spec: ModelSpec, config: Any, *, dtype: torch.dtype, device: torch.device, sharder: Sharder | None = None
 ) -> PreTrainedModel:
     """The weights of ``spec`` on ``device``, in ``dtype``; the ranks whose values count read them.
+
+    Where ``config.vocab_size`` is higher than the checkpoint's, further rows of the vocabulary are the mean of those
+    that there are.
 
     Raises:
         CheckpointError: if weights are missing, left over or of the wrong shape, cannot be read, or are tied by
@@ -59,14 +64,18 @@ def read_sharded_weights(
             raise CheckpointError(f"{spec.path}: weights cannot be loaded: {error}") from error
 
     def fill(model: Any, name: str, module: torch.nn.Module) -> None:
+        is_source = sharder is None or sharder.is_source
         if not name:
             _check_names(spec, model, entries)
-            if sharder.is_source:
+            if is_source:
                 _check_tied(spec, model, entries, read)
         if _has_buffers(module):
             model._init_weights(module)  # buffers are not stored
-        for key, weight in module.named_parameters(prefix=name, recurse=False) if sharder.is_source else ():
-            weight.copy_(read(key))
+        for key, weight in module.named_parameters(prefix=name, recurse=False) if is_source else ():
+            stored = read(key)
+            weight[: len(stored)].copy_(stored)
+            if len(stored) < len(weight):
+                weight[len(stored) :] = stored.float().mean(0).to(weight.dtype)
 
     return _build(config, dtype, device, 0, fill, sharder)
 
@@ -113,6 +122,7 @@ def _check_names(spec: ModelSpec, model: Any, entries: dict[str, TensorEntry]) -
     """By transformers' rules for what a checkpoint may leave out and have besides."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shared = shapes.keys() & entries.keys()
+    stored = {name: _grow(name, entries[name].shape, shapes[name]) for name in shared}
     refuse_problems(
         spec,
         {
@@ -120,9 +130,16 @@ def _check_names(spec: ModelSpec, model: Any, entries: dict[str, TensorEntry]) -
             "unexpected_keys": [
                 name for name in entries.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq")
             ],
-            "mismatched_keys": [name for name in shared if shapes[name] != entries[name].shape],
+            "mismatched_keys": [name for name in shared if shapes[name] != stored[name]],
         },
     )
+
+
+def _grow(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored shape, with the rows that the vocabulary has gained."""
+    if name not in VOCABULARY or len(wanted) != len(stored) or wanted[0] < stored[0]:
+        return stored
+    return (wanted[0], *stored[1:])
 
 
 def _check_tied(

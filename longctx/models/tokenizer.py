@@ -41,6 +41,10 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
 
+    def has_token(self, token_id: int) -> bool:
+        """Whether a text can have this token."""
+        return self._rust.id_to_token(token_id) is not None
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja chat template in use."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from longctx.models.checkpoint import ModelSpec
 from longctx.training.config import TrainConfig
+from longctx.training.method_plan import count_method_memory
 from longctx.training.model_sizes import is_target
 from parallel.footprint import count_buffers
 from parallel.plan import Plan
@@ -25,7 +26,7 @@ class LayerMemory:
     kept: int  # between its forward and its backward
     live: int  # besides, at the peak of its backward
     forward: int  # besides, at the peak of its forward
-    exchange: int  # of what attention sends, receives and adds up for others
+    exchange: int  # of what attention sends, receives and adds up for others, and of landmarks, cores and their scores
 
 
 def count_layer(spec: ModelSpec, config: TrainConfig, plan: Plan, *, rank: int, device_type: str) -> LayerMemory:
@@ -44,6 +45,7 @@ def count_layer(spec: ModelSpec, config: TrainConfig, plan: Plan, *, rank: int, 
     at_mlp = tokens.attention_saved + arrived + tokens.mlp_backward
     at_attention = tokens.attention_saved + arrived + tokens.attention_backward(device_type)
     exchange = max(forward.peak, backward.peak)
+    exchange += count_method_memory(spec, config, tokens.num, device_type=device_type)
     if not config.train.activation_checkpointing:
         in_forward = max(tokens.mlp_forward, tokens.attention_forward(device_type))
         return LayerMemory(saved, max(at_mlp - saved, at_attention - saved, 0), in_forward, exchange)

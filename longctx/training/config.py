@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 
 from longctx.adapters.config import PeftConfig
+from longctx.models.attention_spec import CORE_POSITIONS, HEAD_POOLING
 from longctx.training.data.config import DataConfig
 from parallel.option import option, parse_size
 from parallel.plans import PLANS
 
-ATTENTIONS = ("dense", "sf")
+ATTENTIONS = ("auto", "dense", "sf", "landmark", "cca")
+SF_GROUP_SIZE = 2048
 LAYOUT_NAMES = ("balanced", "zigzag", "striped", "contiguous")
 
 
@@ -35,8 +37,29 @@ class TrainModelConfig:
 class TrainAttentionConfig:
     """Which attention is trained."""
 
-    name: str = option("dense", "attention in training", choices=ATTENTIONS)
-    group_size: int = option(2048, "tokens that attend to each other in shifted sparse attention (sf)", minimum=2)
+    name: str = option(
+        "auto", "attention in training; auto: what the checkpoint was trained with, else dense", choices=ATTENTIONS
+    )
+    block_size: int | None = option(
+        None, "tokens of a block without its landmark (landmark); null: the checkpoint's, else 63", minimum=1
+    )
+    group_size: int | None = option(
+        None,
+        "tokens that attend to each other in shifted sparse attention (sf), null: 2048; tokens of a core (cca), null: "
+        "the checkpoint's, else 16",
+        minimum=2,
+    )
+    window: int | None = option(
+        None, "tokens that every query sees as they are (cca); null: the checkpoint's, else 1024", minimum=1
+    )
+    core_position: str | None = option(
+        None, "where a core is for RoPE (cca); null: the checkpoint's, else last", choices=CORE_POSITIONS
+    )
+    head_pooling: str | None = option(
+        None,
+        "what query heads of a KV head average to weigh a group (cca); null: the checkpoint's, else weights",
+        choices=HEAD_POOLING,
+    )
     sink_tokens: int = option(4, "first tokens that every query sees in shifted sparse attention (sf)", minimum=0)
     returned_heads: float = option(
         0.25, "share of the shifted heads, half of all, whose shift is taken back (sf)", minimum=0, maximum=1

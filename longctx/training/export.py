@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from longctx.adapters.adapter import file_names, save_adapter
 from longctx.models.checkpoint import ModelSpec
-from longctx.models.loading import read_transformers_config
 from longctx.training.checkpoints import CheckpointReader
 from longctx.training.config import TrainConfig
-from longctx.training.starting_model import DTYPES, stretch_rope
+from longctx.training.starting_model import DTYPES, read_settings
 
 MAX_FILE_BYTES = 4 << 30
 _COPIED = (  # of the folder that the run started from
@@ -39,14 +38,13 @@ def export_model(reader: CheckpointReader, config: TrainConfig, spec: ModelSpec,
     Args:
         reader: of a checkpoint that has every weight.
         config: of the run.
-        spec: of the checkpoint that the run started from.
+        spec: of the checkpoint that the run started from, with the attention and vocabulary that it trained.
         folder: for the model.
     """
     hidden = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
-    settings = read_transformers_config(spec)
-    stretch_rope(settings, spec, config.model, config.train.context_length)
+    settings = read_settings(spec, config.model, config.train.context_length)
     settings.dtype = config.model.dtype
     settings.save_pretrained(hidden)
     for pattern in _COPIED:

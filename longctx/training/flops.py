@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from longctx.models.checkpoint import ModelSpec
-from longctx.training.config import TrainAttentionConfig
+from longctx.training.config import SF_GROUP_SIZE, TrainAttentionConfig
+from longctx.training.method_plan import count_method_flops
 from longctx.training.shifted_groups import cut_groups, split_heads
 
 _OUTPUT, _INPUT_GRADIENT, _WEIGHT_GRADIENT = 2, 2, 2  # operations per weight and token
@@ -30,18 +31,21 @@ def count_training_flops(
     Args:
         spec: the model.
         cu_seqlens: ``[num_documents + 1]`` boundaries; nothing is seen across documents.
-        attention: that is trained; None: dense.
+        attention: that is trained, settled; None: dense.
         trains_base: whether the model's own weights are trained, and not only an adapter.
         num_adapter_weights: of the adapters' matrices, all layers.
     """
     frozen = _OUTPUT + _INPUT_GRADIENT
     trained = frozen + _WEIGHT_GRADIENT
     linear = count_linear_weights(spec) * (trained if trains_base else frozen) + num_adapter_weights * trained
-    if attention is not None and attention.name == "sf":
-        areas = spec.num_layers * _count_sf_area(spec, cu_seqlens, attention)
+    if attention is not None and attention.name in ("landmark", "cca"):
+        products = spec.num_layers * count_method_flops(spec, cu_seqlens, attention)
     else:
-        areas = spec.num_heads * sum(count_area(cu_seqlens, window) for window in spec.sliding_windows)
-    products = areas * _ATTENTION_PRODUCTS * 2 * spec.head_dim
+        if attention is not None and attention.name == "sf":
+            areas = spec.num_layers * _count_sf_area(spec, cu_seqlens, attention)
+        else:
+            areas = spec.num_heads * sum(count_area(cu_seqlens, window) for window in spec.sliding_windows)
+        products = areas * _ATTENTION_PRODUCTS * 2 * spec.head_dim
     return (cu_seqlens[-1] - cu_seqlens[0]) * linear + products
 
 
@@ -59,9 +63,9 @@ def count_area(cu_seqlens: Sequence[int], window: int | None = None) -> int:
 
 def _count_sf_area(spec: ModelSpec, cu_seqlens: Sequence[int], attention: TrainAttentionConfig) -> int:
     """Over one layer's heads: groups of a document's tokens, and behind the first of them the sinks."""
-    area = 0
-    for heads in split_heads(attention.group_size, attention.returned_heads, spec.num_heads, spec.num_kv_heads):
-        groups = count_area(cut_groups(cu_seqlens, heads.first_size, attention.group_size))
+    area, group_size = 0, attention.group_size or SF_GROUP_SIZE
+    for heads in split_heads(group_size, attention.returned_heads, spec.num_heads, spec.num_kv_heads):
+        groups = count_area(cut_groups(cu_seqlens, heads.first_size, group_size))
         later = sum(max(0, stop - start - heads.first_size) for start, stop in pairwise(cu_seqlens))
         area += (heads.queries.stop - heads.queries.start) * (groups + later * attention.sink_tokens)
     return area

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from longctx.adapters.folder import choose_adapter
 from longctx.errors import CheckpointError, ConfigError
 from longctx.models.checkpoint import ModelSpec, inspect_checkpoint
 from longctx.models.tensor_files import read_json
-from longctx.training.config import ParallelConfig, TrainAttentionConfig, TrainConfig, TrainModelConfig
+from longctx.training.attention_choice import check_sf, settle_attention
+from longctx.training.config import ParallelConfig, TrainConfig, TrainModelConfig
 from longctx.training.data.sources import check_path
 from longctx.training.sinks.wandb import is_wanted
 from parallel.links import LinkModel, load_links
@@ -28,9 +30,7 @@ def check_files(config: TrainConfig) -> None:
     has_weights = config.model.init == "checkpoint"
     spec = inspect_checkpoint(config.model.path, require_weights=has_weights)
     check_context(spec, config.model, config.train.context_length)
-    _check_attention(spec, config.attention)
-    if has_weights:
-        choose_adapter(config.peft.path, spec)
+    _check_attention(read_trained_attention(spec, config), config)
     read_links(config.parallel)
     is_wanted(config.logger)
     check_path(config.data.path, config.data)
@@ -41,6 +41,15 @@ def check_files(config: TrainConfig) -> None:
         check_path(config.data.eval_path, config.data, option="data.eval_path")
     if config.checkpoint.resume == "must" and not any(Path(config.output).glob(CHECKPOINTS)):
         raise CheckpointError(f"{config.output}: there is no checkpoint, and checkpoint.resume is must")
+
+
+def read_trained_attention(spec: ModelSpec, config: TrainConfig) -> ModelSpec:
+    """The model with the attention that it and ``peft.path``'s adapter were trained with; raises ``CheckpointError``
+    for an adapter that does not go with it."""
+    if config.model.init != "checkpoint":
+        return spec
+    adapted, _ = choose_adapter(config.peft.path, spec)
+    return replace(spec, attention=adapted.attention)
 
 
 def check_context(spec: ModelSpec, config: TrainModelConfig, context_length: int) -> None:
@@ -66,15 +75,6 @@ def read_links(config: ParallelConfig) -> LinkModel | None:
         raise ConfigError(f"parallel.links_file is not allowed: {error}; longctx plan links writes one") from None
 
 
-def check_sf(config: TrainAttentionConfig) -> None:
-    """Raise ``ConfigError`` if sinks would fill the groups of shifted sparse attention."""
-    if config.sink_tokens > config.group_size // 2:
-        raise ConfigError(
-            f"attention.sink_tokens={config.sink_tokens} is not allowed: at most half of attention.group_size, "
-            f"{config.group_size // 2}"
-        )
-
-
 def check_cores(config: TrainConfig) -> None:
     """Raise ``ConfigError`` if a Ray of our own on this machine has fewer CPUs than the ranks reserve."""
     num_ranks = config.parallel.dp_degree * config.parallel.sp_degree
@@ -89,15 +89,11 @@ def check_cores(config: TrainConfig) -> None:
     )
 
 
-def _check_attention(spec: ModelSpec, config: TrainAttentionConfig) -> None:
+def _check_attention(spec: ModelSpec, config: TrainConfig) -> None:
     dropout = read_json(spec.path / "config.json").get("attention_dropout")
     if dropout:
         raise CheckpointError(f"{spec.path}: config.json: attention_dropout={dropout} is not supported in training; 0")
-    windows = {window for window in spec.sliding_windows if window is not None}
-    if config.name == "sf" and windows:
-        raise ConfigError(
-            f"attention.name=sf is not allowed: {spec.name} has sliding windows of {max(windows)} tokens; dense"
-        )
+    settle_attention(config.attention, spec, context_length=config.train.context_length, peft=config.peft)
 
 
 def _check_batch(config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """Builds what one rank trains with: the world, the model with its adapter and attention, DeepSpeed, data."""
 
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,9 +11,11 @@ import torch
 
 from longctx.adapters.adapter import add_adapter, whole_shapes
 from longctx.errors import CheckpointError, ConfigError
+from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.checkpoint import inspect_checkpoint
-from longctx.models.tokenizer import load_tokenizer
+from longctx.models.tokenizer import Tokenizer, load_tokenizer
 from longctx.training.attention import ATTENTION
+from longctx.training.attention_choice import describe_attention, place_landmark_token, settle_attention
 from longctx.training.config import TrainConfig
 from longctx.training.data.packing import PackedSequence
 from longctx.training.data.stream import SequenceStream, merge_states, read_eval_sequences
@@ -22,11 +25,13 @@ from longctx.training.loss_head import LossHead
 from longctx.training.memory_saving import save_memory
 from longctx.training.peak import choose_dtype, measure_peak_flops, read_peak_memory
 from longctx.training.place import RankPlace
-from longctx.training.preflight import read_links
+from longctx.training.preflight import read_links, read_trained_attention
 from longctx.training.resume import check_weights, find_checkpoint
 from longctx.training.sequence_parallel import SequenceParallel
 from longctx.training.starting_model import DTYPES, build_starting_model
 from longctx.training.world import TrainingWorld
+
+logger = logging.getLogger(__name__)
 
 
 class RunParts:
@@ -48,11 +53,12 @@ class RunParts:
             raise CheckpointError(
                 f"{self.spec.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {self.spec.vocab_size}"
             )
+        self._settle_attention(config, tokenizer, is_first=place.global_rank == 0)
         parallel = config.parallel
         self.world = TrainingWorld(
             place.global_rank, parallel, address=place.master_address, port=place.master_port, device=self.device
         )
-        self.config = config = self._settle_dtype(config)
+        self.config = config = self._settle_dtype(replace(config, attention=self._attention))
         self.peak_flops = config.logger.peak_flops or measure_peak_flops(self.device, DTYPES[config.model.dtype])
         self._build_model()
         reader = find_checkpoint(config, restart=place.restart)
@@ -69,6 +75,7 @@ class RunParts:
             context_length=config.train.context_length,
             num_lanes=config.train.batch_size,
             lanes=range(first_lane, first_lane + lanes_per_rank),
+            landmarks=self._landmarks,
             state=merge_states(each for each in reader.data if each) if reader else None,
         )
         self.eval_sequences = (
@@ -77,6 +84,7 @@ class RunParts:
                 tokenizer,
                 context_length=config.train.context_length,
                 num_sequences=config.train.eval_sequences,
+                landmarks=self._landmarks,
             )
             if config.data.eval_path
             else []
@@ -111,6 +119,30 @@ class RunParts:
         self.engine.destroy()
         self.world.close()
 
+    def _settle_attention(self, config: TrainConfig, tokenizer: Tokenizer, *, is_first: bool) -> None:
+        """The attention that is trained, and ``spec`` as it becomes by it."""
+        spec = read_trained_attention(self.spec, config)
+        self._attention = settle_attention(
+            config.attention, spec, context_length=config.train.context_length, peft=config.peft
+        )
+        token_id, vocab_size = None, spec.vocab_size
+        if self._attention.name == "landmark":
+            token_id, vocab_size = place_landmark_token(spec, has_token=tokenizer.has_token)
+        added = (vocab_size - spec.vocab_size) * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
+        self.spec = replace(
+            spec,
+            vocab_size=vocab_size,
+            num_parameters=spec.num_parameters + added,
+            attention=describe_attention(self._attention, token_id),
+        )
+        if self.spec.attention != spec.attention and is_first:
+            before = spec.attention or "dense attention"
+            logger.info("%s was trained with %s; here it is %s", spec.name, before, self.spec.attention)
+
+    @property
+    def _landmarks(self) -> LandmarkSpec | None:
+        return self.spec.attention if isinstance(self.spec.attention, LandmarkSpec) else None
+
     def _settle_dtype(self, config: TrainConfig) -> TrainConfig:
         """With ``model.dtype`` as it is trained: auto is what is fast on every rank. Collective."""
         dtype = choose_dtype(config.model.dtype, self.device.type)
@@ -141,7 +173,8 @@ class RunParts:
             plan=parallel.plan,
             links=read_links(parallel),
             timeout_s=parallel.timeout_s,
-            attend=ATTENTION.get(config.attention.name)(config.attention),
+            method=ATTENTION.get(config.attention.name)(config.attention),
+            landmark_token_id=None if self._landmarks is None else self._landmarks.landmark_token_id,
         )
         self._head = LossHead(model, tile=config.train.loss_tile)
         leaves = save_memory(model, config.train, device=self.device, scratch=Path(config.output))

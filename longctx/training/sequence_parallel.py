@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longctx.training.attention import Method
 from longctx.training.document_rope import DocumentRope
 from longctx.training.tiled_loss import IGNORED
 from parallel.attention import TIMEOUT_S, sequence_parallel_attention
@@ -23,6 +24,7 @@ from parallel.layout import LAYOUTS, check_cu_seqlens
 from parallel.links import LinkModel
 from parallel.shard import shard_sequence
 
+DENSE = Method(sequence_parallel_attention)
 _numbers = itertools.count()
 
 
@@ -35,6 +37,7 @@ class SequenceShard:
     targets: torch.Tensor  # the token behind each, IGNORED where it does not count
     document_lengths: torch.Tensor  # of each token's document
     cu_seqlens: tuple[int, ...]  # of the whole sequence
+    is_landmark: torch.Tensor | None = None  # bool [num_tokens], of the whole sequence, on the CPU
 
 
 class SequenceParallel:
@@ -46,7 +49,8 @@ class SequenceParallel:
         group: the ranks; None is the default group.
         layout: who holds which tokens.
         plan, links, timeout_s: see ``sequence_parallel_attention``.
-        attend: attention in training, called as ``sequence_parallel_attention`` is; evaluation is dense.
+        method: attention in training.
+        landmark_token_id: of the tokens that are landmarks, which ``method`` may need; None: there are none.
 
     Raises:
         ValueError: for an unknown layout, or a model with attention dropout.
@@ -61,18 +65,20 @@ class SequenceParallel:
         plan: str = "auto",
         links: LinkModel | None = None,
         timeout_s: float = TIMEOUT_S,
-        attend: Callable[..., torch.Tensor] = sequence_parallel_attention,
+        method: Method = DENSE,
+        landmark_token_id: int | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is unknown; allowed: {', '.join(LAYOUTS)}")
         if getattr(model.config, "attention_dropout", 0.0):
             raise ValueError(f"attention_dropout={model.config.attention_dropout} is not allowed: 0")
-        self.model, self._group, self._layout, self._attend_in_training = model, group, layout, attend
+        if method.sees_landmarks != (landmark_token_id is not None):
+            raise ValueError(f"landmark_token_id={landmark_token_id} does not go with this attention")
+        self.model, self._group, self._layout, self._method = model, group, layout, method
+        self._landmark_token_id = landmark_token_id
         self._choices = {"plan": plan, "links": links, "timeout_s": timeout_s, "group": group, "layout": layout}
-        self._cu_seqlens: tuple[int, ...] | None = (
-            None  # of the sequence that is being run, also while it is recomputed
-        )
-        self._rope = DocumentRope(model)
+        self._shard: SequenceShard | None = None  # that is being run, also while it is recomputed
+        self._rope = DocumentRope(model, is_deferred=method.rotates)
         self.trace: Path | None = None  # see sequence_parallel_attention; of calls from when it is set
         name = f"longctx_sequence_parallel_{next(_numbers)}"
         AttentionInterface.register(name, self._attend)
@@ -87,7 +93,8 @@ class SequenceParallel:
         Args:
             input_ids: ``[1, num_tokens]``, the whole sequence on every rank.
             labels: the same shape, ``IGNORED`` where a token does not count; None: every token of a document but its
-                first counts. Not shifted: a token is predicted from those before it.
+                first counts. Not shifted: a token is predicted from those before it. Landmarks never count, and
+                predict nothing.
             cu_seqlens: ``[num_documents + 1]`` boundaries; None: one document.
 
         Returns:
@@ -121,12 +128,14 @@ class SequenceParallel:
         starts = torch.tensor(bounds[:-1], device=input_ids.device)
         lengths = torch.tensor(bounds, device=input_ids.device).diff()
         positions = torch.arange(num_tokens, device=input_ids.device) - starts.repeat_interleave(lengths)
+        is_landmark = None if self._landmark_token_id is None else input_ids[0] == self._landmark_token_id
         return SequenceShard(
             self._cut(input_ids, bounds),
             self._cut(positions[None], bounds),
-            self._cut(shift_labels(labels, bounds), bounds),
+            self._cut(shift_labels(labels, bounds, is_landmark), bounds),
             self._cut(lengths.repeat_interleave(lengths)[None], bounds),
             bounds,
+            None if is_landmark is None else is_landmark.cpu(),
         )
 
     def sum_loss(self, shard: SequenceShard, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -136,7 +145,7 @@ class SequenceParallel:
             shard: of a sequence.
             forward: of ``input_ids``, ``position_ids`` and ``targets``; runs the model and sums the losses.
         """
-        self._cu_seqlens = shard.cu_seqlens
+        self._shard = shard
         self._rope.set_lengths(shard.document_lengths)
         return forward(input_ids=shard.input_ids, position_ids=shard.position_ids, targets=shard.targets)
 
@@ -173,28 +182,43 @@ class SequenceParallel:
         """transformers' attention function: ``[B, heads, S, D]`` in, ``[B, S, heads, D]`` out."""
         if softcap is not None or getattr(module, "sinks", None) is not None:
             raise ValueError("attention with soft caps or sinks is not supported over a shared sequence")
-        attend = self._attend_in_training if module.training else sequence_parallel_attention
-        out = attend(
+        method = self._method if module.training or self._method.evaluates else DENSE
+        shard, more = self._shard, {}
+        assert shard is not None, "a model that ranks share runs by SequenceParallel"
+        if method.rotates:
+            more["rotate"] = self._rope.rotate
+        if method.sees_landmarks:
+            more["is_landmark"] = shard.is_landmark
+        out = method.attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             causal=getattr(module, "is_causal", True),
-            cu_seqlens=self._cu_seqlens,
+            cu_seqlens=shard.cu_seqlens,
             window=sliding_window,
             scale=scaling,
             trace=self.trace,
             **self._choices,
+            **more,
         )
         return out, None
 
 
-def shift_labels(labels: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
+def shift_labels(labels: torch.Tensor, bounds: Sequence[int], is_landmark: torch.Tensor | None = None) -> torch.Tensor:
     """What each token is to predict: the label behind it; ``IGNORED`` at the end of a document.
 
     Args:
         labels: ``[1, num_tokens]``.
         bounds: ``[num_documents + 1]``.
+        is_landmark: bool ``[num_tokens]``: these predict nothing, and the token before one predicts what is behind it.
     """
+    if is_landmark is not None:
+        is_text = ~is_landmark
+        counts = torch.cat([is_text.new_zeros(1, dtype=torch.int64), is_text.cumsum(0)])
+        targets = torch.full_like(labels, IGNORED)
+        if is_text.any():
+            targets[:, is_text] = shift_labels(labels[:, is_text], counts[list(bounds)].tolist())
+        return targets
     targets = labels.roll(-1, 1)
     ends = torch.tensor([stop for start, stop in itertools.pairwise(bounds) if start < stop], device=labels.device)
     targets[:, ends - 1] = IGNORED

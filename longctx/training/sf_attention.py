@@ -29,8 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.training.config import TrainAttentionConfig
-from longctx.training.preflight import check_sf
+from longctx.training.attention_choice import check_sf
+from longctx.training.config import SF_GROUP_SIZE, TrainAttentionConfig
 from longctx.training.shifted_groups import cut_groups, split_heads
 from parallel.attention import sequence_parallel_attention
 from parallel.layout import Layout, make_layout
@@ -51,7 +51,7 @@ class SFAttention:
 
     def __init__(self, config: TrainAttentionConfig) -> None:
         check_sf(config)
-        self.group_size, self.num_sinks = config.group_size, config.sink_tokens
+        self.group_size, self.num_sinks = config.group_size or SF_GROUP_SIZE, config.sink_tokens
         self.returned_heads = config.returned_heads
 
     def attend(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from longctx.models.attention_spec import write_attention
 from longctx.models.checkpoint import ModelSpec
 from longctx.models.loading import build_model, read_transformers_config
 from longctx.models.sharded_model import Sharder
@@ -33,8 +34,7 @@ def build_starting_model(
         CheckpointError: if weights are missing or not those of the configuration.
         ConfigError: if ``context_length`` is more than the model takes as configured.
     """
-    settings = read_transformers_config(spec)
-    stretch_rope(settings, spec, config, context_length)
+    settings = read_settings(spec, config, context_length)
     model: Any = build_model(
         spec,
         settings,
@@ -44,6 +44,17 @@ def build_starting_model(
         sharder=sharder,
     )
     return model.to(device).train()
+
+
+def read_settings(spec: ModelSpec, config: TrainModelConfig, context_length: int) -> Any:
+    """The checkpoint's transformers configuration, changed to what is trained: RoPE, and ``spec``'s attention and
+    vocabulary, which may differ from the checkpoint's."""
+    settings = read_transformers_config(spec)
+    stretch_rope(settings, spec, config, context_length)
+    settings.vocab_size = spec.vocab_size
+    for key, value in write_attention(spec.attention).items():
+        setattr(settings, key, value)
+    return settings
 
 
 def stretch_rope(settings: Any, spec: ModelSpec, config: TrainModelConfig, context_length: int) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 from longctx.models.checkpoint import ModelSpec
 from longctx.training.activation_memory import Tokens
-from longctx.training.config import TrainConfig
+from longctx.training.config import SF_GROUP_SIZE, TrainConfig
 from longctx.training.flops import count_linear_weights, count_training_flops
 from longctx.training.memory_plan import ELEMENT_SIZES
+from longctx.training.method_plan import count_core_flops
 from longctx.training.model_sizes import count_sizes
 from longctx.training.preflight import read_links
 from parallel.links import LinkModel
@@ -69,12 +70,16 @@ def plan_attention(
 
     Raises ``ValueError`` if ``parallel.plan`` cannot do it.
     """
-    parallel, length = config.parallel, config.train.context_length
-    groups = None
-    if config.attention.name == "sf":
-        groups = (*range(0, length, config.attention.group_size), length)
+    parallel, attention, length = config.parallel, config.attention, config.train.context_length
+    groups, window_group, name = None, 1, parallel.plan
+    if attention.name == "sf":
+        groups = (*range(0, length, attention.group_size or SF_GROUP_SIZE), length)
+    elif attention.name == "cca":
+        window, window_group = attention.window, attention.group_size or 1
+    elif attention.name == "landmark":
+        name = "all_gather"
     problem = make_problem(
-        Mask(True, window, groups),
+        Mask(True, window, groups, window_group),
         length,
         length,
         (spec.num_heads, spec.num_kv_heads, spec.head_dim),
@@ -84,7 +89,8 @@ def plan_attention(
         num_nodes=max(1, min(num_nodes, parallel.sp_degree)),
     )
     keeps_results = config.train.activation_checkpointing and config.train.keep_attention
-    return make_plan(parallel.plan, problem, links, backward=True, may_keep=not keeps_results)
+    may_keep = not keeps_results and attention.name != "landmark"
+    return make_plan(name, problem, links, backward=True, may_keep=may_keep)
 
 
 def plan_time(
@@ -124,6 +130,9 @@ def plan_time(
         for prediction in (*[predict(plan, links)] * (2 if again else 1), predict(plan, links, backward=True)):
             attention += num_sequences * num_layers * prediction.compute_s
             exchange += num_sequences * num_layers * prediction.exposed_s
+    if config.attention.name == "cca":
+        cores = spec.num_layers * count_core_flops(spec, length, config.attention) / parallel.sp_degree
+        attention += num_sequences * cores / links.flops_per_s
     tokens = Tokens(spec, config, num_local, ELEMENT_SIZES[config.model.dtype])
     saved = spec.num_layers * (tokens.attention_saved + tokens.mlp_saved)
     moved = saved * (_PASSES + (_PASSES_AGAIN if train.activation_checkpointing else 0))

@@ -182,7 +182,7 @@ class TrainingRun:
     ) -> StepRecord:
         is_speaker = self._world.at.sp_rank == 0
         own = [
-            float(sum(sequence.input_ids.shape[1] for sequence in sequences)) if is_speaker else 0.0,
+            float(sum(sequence.num_tokens for sequence in sequences)) if is_speaker else 0.0,
             float(sum(self._parts.count_flops(sequence) for sequence in sequences)) if is_speaker else 0.0,
             float(self._parts.stream.num_skipped) if is_speaker else 0.0,
         ]

@@ -12,7 +12,12 @@ def visible_entries(mask: Mask, q_positions: torch.Tensor, kv_positions: torch.T
     if mask.causal:
         visible &= j <= i
     if mask.window is not None:
-        visible &= i - j < mask.window
+        first = torch.zeros_like(i)
+        if mask.cu_seqlens is not None:
+            bounds = torch.tensor(mask.cu_seqlens)
+            first = bounds[(torch.bucketize(i, bounds[1:], right=True)).clamp_max(len(bounds) - 2)]
+        edge = (i - first + 1 - mask.window).div(mask.window_group, rounding_mode="floor") * mask.window_group
+        visible &= j - first >= edge
     if mask.cu_seqlens is not None:
         ends = torch.tensor(mask.cu_seqlens[1:])
         visible &= torch.bucketize(i, ends, right=True) == torch.bucketize(j, ends, right=True)

@@ -8,7 +8,7 @@ import torch
 from parallel.layout import LAYOUTS, join_layouts, make_layout
 from parallel.mask import Mask, make_tiles
 from parallel.shard import token_positions
-from parallel.tile_attention import decompose
+from parallel.tile_attention import decompose, make_block_mask
 from tests.parallel.dense_reference import visible_entries
 
 
@@ -21,8 +21,9 @@ def make_cases(num_cases: int):
             cu_seqlens = (0, *sorted(rng.choices(range(length + 1), k=rng.randrange(5))), length)
         causal = rng.random() < 0.7
         window = rng.choice([None, 1, 3, 10]) if causal else None
+        window_group = rng.choice([1, 1, 2, 5]) if window else 1
         prefix = rng.randrange(length + 1) if rng.random() < 0.4 else 0
-        yield Mask(causal, window, cu_seqlens), length, prefix, world_size
+        yield Mask(causal, window, cu_seqlens, window_group), length, prefix, world_size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -47,20 +48,23 @@ def add_tile(covered: torch.Tensor, tile) -> None:
     before = inside.sum()
     row, column = torch.arange(inside.shape[0])[:, None], torch.arange(inside.shape[1])[None]
     visible = (column >= row + tile.low) & (column <= row + tile.high)
+    assert tile.stairs is None or tile.stairs.hides(inside.shape[0])
     assert visible.any(0).all()
     assert visible.any(1).all()
-    assert tile.is_full == bool(visible.all())
+    assert tile.is_full == (tile.stairs is None and bool(visible.all()))
     for block in decompose(tile):
         part = inside[block.q_start : block.q_stop, block.kv_start : block.kv_stop]
-        row, column = torch.arange(part.shape[0])[:, None], torch.arange(part.shape[1])[None]
         if block.low is not None:
-            part += ((column >= row + block.low) & (column <= row + block.high)).long()
+            part += (~make_block_mask(block, part.device)).long()
         elif block.is_causal:
             assert part.shape[0] == part.shape[1]
-            part += (column <= row).long()
+            part += torch.ones_like(part).tril()
         else:
             part += 1
-    assert inside.sum() - before == tile.area
+    if tile.stairs is None:
+        assert inside.sum() - before == tile.area
+    else:
+        assert inside.sum() - before <= tile.area
 
 
 def test_mistakes_are_named():
@@ -68,6 +72,10 @@ def test_mistakes_are_named():
         Mask(window=0)
     with pytest.raises(ValueError, match="a window looks back"):
         Mask(causal=False, window=4)
+    with pytest.raises(ValueError, match="window_group=0 is not allowed"):
+        Mask(window=4, window_group=0)
+    with pytest.raises(ValueError, match="window_group=2 is not allowed without a window"):
+        Mask(window_group=2)
     striped, contiguous = make_layout("striped", 8, 2), make_layout("contiguous", 8, 2)
     with pytest.raises(ValueError, match="same stride"):
         make_tiles(Mask(), striped[0], contiguous[0])

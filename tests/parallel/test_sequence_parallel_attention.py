@@ -41,6 +41,7 @@ def attend(cell: Cell, plan: str, rank: int, world_size: int, **more):
         causal=mask.causal,
         cu_seqlens=mask.cu_seqlens,
         window=mask.window,
+        window_group=mask.window_group,
         layout=layout,
         return_lse=True,
         **more,

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from longctx.errors import DataError
+from longctx.models.attention_spec import LandmarkSpec
 from longctx.training.data.config import DataConfig
 from longctx.training.data.documents import Document, DocumentEncoder, Rendered, has_target
 from longctx.training.data.order import RowOrder
-from longctx.training.data.packing import PackedSequence, Piece, pack, take_piece
+from longctx.training.data.packing import PackedSequence, Piece, count_places, count_room, pack, take_piece
 from longctx.training.data.sources import RowSource
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Lane:
         first_row: the lane's number; ``num_lanes`` further is its next row.
         num_lanes: of all ranks.
         stop: the row number that ends the lane; None: it never ends.
+        landmarks: that stand between the tokens of documents; None: none do.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Lane:
         first_row: int,
         num_lanes: int,
         stop: int | None = None,
+        landmarks: LandmarkSpec | None = None,
     ) -> None:
         self._source, self._order, self._encoder, self._config = source, order, encoder, config
-        self._context_length = context_length
+        self._context_length, self._landmarks = context_length, landmarks
+        self._room = count_room(context_length, landmarks)  # for one document's tokens
         self._num_lanes, self._stop = num_lanes, stop
         self._next_row = first_row
         self._num_skipped = 0
@@ -70,15 +74,17 @@ class Lane:
         """
         pieces: list[Piece] = []
         space = self._context_length
-        while space and (self._config.packing or not pieces):
+        while (room := count_room(space, self._landmarks)) and (self._config.packing or not pieces):
             self._read_ahead()
-            piece = take_piece(self._waiting, space, oldest=not pieces) if self._waiting else None
+            piece = take_piece(self._waiting, room, oldest=not pieces) if self._waiting else None
             if piece is None:
                 break
             if has_target(piece.labels):
                 pieces.append(piece)
-                space -= piece.num_tokens
-        return pack(pieces, self._context_length, padding_id=self._encoder.end_id) if pieces else None
+                space -= count_places(piece.num_tokens, self._landmarks)
+        if not pieces:
+            return None
+        return pack(pieces, self._context_length, padding_id=self._encoder.end_id, landmarks=self._landmarks)
 
     def state(self) -> dict[str, Any]:
         """Where the lane stands, for JSON."""
@@ -123,7 +129,7 @@ class Lane:
 
     def _fit(self, document: Document) -> Document | None:
         """The document as ``long_rows`` leaves it; None if it is not to be trained on."""
-        length = self._context_length
+        length = self._room
         if self._config.long_rows == "split":
             return document
         document = replace(document, divisible=False)
@@ -134,9 +140,10 @@ class Lane:
 
     def _explain_length(self, document: Document) -> DataError:
         what = "has nothing to train on in its beginning" if self._config.long_rows == "truncate" else "is too long"
+        room = "" if self._landmarks is None else f", which with landmarks has room for {self._room}"
         return DataError(
             f"{document.place}: the row {what}: {len(document.ids)} tokens, train.context_length={self._context_length}"
-            " (data.long_rows says what is done with it)"
+            f"{room} (data.long_rows says what is done with it)"
         )
 
     def _skip(self, problem: DataError, policy: str) -> None:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from longctx.errors import CheckpointError, ConfigError, DataError
+from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.tokenizer import Tokenizer
 from longctx.training.data.config import DataConfig
 from longctx.training.data.documents import DocumentEncoder
@@ -31,6 +32,7 @@ _IDENTITY = {
     "shuffle": "data.shuffle",
     "seed": "data.seed",
     "long_rows": "data.long_rows",
+    "block_size": "attention.block_size",  # None, and not in older states, without landmarks
 }
 _NUM_SAMPLED = 4  # rows that tell data from other data
 
@@ -44,6 +46,7 @@ class SequenceStream:
         context_length: tokens of each sequence.
         num_lanes: sequences of a step over all ranks.
         lanes: this rank's.
+        landmarks: that stand between the tokens of documents; None: none do.
         state: from ``state`` or ``merge_states``, of the same data and as many lanes: go on there.
 
     Raises:
@@ -59,6 +62,7 @@ class SequenceStream:
         context_length: int,
         num_lanes: int,
         lanes: range,
+        landmarks: LandmarkSpec | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         assert lanes and lanes[0] >= 0 and lanes[-1] < num_lanes, f"lanes {lanes} of {num_lanes}"
@@ -74,11 +78,14 @@ class SequenceStream:
                 context_length=context_length,
                 first_row=lane_idx,
                 num_lanes=num_lanes,
+                landmarks=landmarks,
             )
             for lane_idx in lanes
         }
         rows = fingerprint(source)
-        values = (len(source), rows, num_lanes, context_length, config.shuffle, config.seed, config.long_rows)
+        block_size = None if landmarks is None else landmarks.block_size
+        shuffled = config.shuffle, config.seed
+        values = (len(source), rows, num_lanes, context_length, *shuffled, config.long_rows, block_size)
         self._identity = dict(zip(_IDENTITY, values, strict=True))
         if state is not None:
             self._restore(state)
@@ -192,7 +199,12 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_eval_sequences(
-    config: DataConfig, tokenizer: Tokenizer, *, context_length: int, num_sequences: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    context_length: int,
+    num_sequences: int,
+    landmarks: LandmarkSpec | None = None,
 ) -> list[PackedSequence]:
     """The first sequences of ``config.eval_path``, in the order of its rows; fewer if there are no more rows.
 
@@ -208,6 +220,7 @@ def read_eval_sequences(
         first_row=0,
         num_lanes=1,
         stop=len(source),
+        landmarks=landmarks,
     )
     sequences = []
     while len(sequences) < num_sequences and (sequence := lane.next_sequence()) is not None:

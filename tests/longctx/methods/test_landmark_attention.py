@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import longctx
-from longctx.attention import landmark
+from longctx.attention import landmark_products
 from tests.longctx.methods.landmark_reference import landmark_reference
 
 CASES = {
@@ -35,7 +35,7 @@ def make_inputs(name, heads, head_dim, dtype, batch=1):
 @pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("tile", [1 << 24, 100], ids=["one tile", "tiles"])
 def test_outputs_and_gradients_are_the_formulas(name, heads, dtype, most, tile, monkeypatch):
-    monkeypatch.setattr(landmark, "TILE_SCORES", tile)
+    monkeypatch.setattr(landmark_products, "TILE_SCORES", tile)
     batch = 1 if CASES[name][2] else 2
     (q, k, v, dout), is_landmark, bounds = make_inputs(name, heads, 8, dtype, batch)
     exact = [x.double().requires_grad_() for x in (q, k, v)]

@@ -1,6 +1,7 @@
 """Floating-point operations of training: against a count by hand, and against torch's counter on a real model."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,3 +66,35 @@ def test_torch_counts_the_same(trains_base):
     # eager attention computes what the mask leaves out, too
     hidden = (num_tokens**2 - count_area((0, num_tokens))) * 4 * 4 * 64 * 2 * 6
     assert counter.get_total_flops() == count_training_flops(DEMO, (0, num_tokens), trains_base=trains_base) + hidden
+
+
+@pytest.mark.parametrize("cu_seqlens", [(0, 1), (0, 23), (0, 5, 5, 30)])
+def test_landmark_counts_what_each_query_sees(cu_seqlens):
+    attention = TrainAttentionConfig(name="landmark", block_size=3)
+    entries = 0
+    for start, stop in pairwise(cu_seqlens):
+        for position in range(stop - start):
+            block, offset = divmod(position, 4)
+            own = min(offset + 1, 3)
+            entries += (own + 4 * block) + (own + 3 * block)
+    linear = cu_seqlens[-1] * count_linear_weights(DEMO) * 6
+    expected = linear + 4 * 4 * entries * 3 * 2 * 64
+    assert count_training_flops(DEMO, cu_seqlens, attention=attention) == expected
+
+
+@pytest.mark.parametrize("cu_seqlens", [(0, 1), (0, 23), (0, 5, 5, 30)])
+@pytest.mark.parametrize("head_pooling", ["weights", "query"])
+def test_cca_counts_cores_window_and_pooling(cu_seqlens, head_pooling):
+    attention = TrainAttentionConfig(
+        name="cca", group_size=3, window=5, core_position="last", head_pooling=head_pooling
+    )
+    seen, pooled = 0, 0
+    for start, stop in pairwise(cu_seqlens):
+        for position in range(stop - start):
+            cores = max(0, (position + 1 - 5) // 3)
+            seen += cores + position + 1 - 3 * cores
+            pooled += position < max(0, stop - start - 5) // 3 * 3
+    pooled *= (4 if head_pooling == "weights" else 2) + 2 * 2
+    linear = cu_seqlens[-1] * count_linear_weights(DEMO) * 6
+    expected = linear + 4 * (4 * seen * 2 + pooled) * 3 * 2 * 64
+    assert count_training_flops(DEMO, cu_seqlens, attention=attention) == expected

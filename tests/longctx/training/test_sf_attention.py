@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from longctx.errors import ConfigError
 from longctx.training.activation_checkpointing import checkpoint_layers
+from longctx.training.attention import make_sf
 from longctx.training.config import TrainAttentionConfig
 from longctx.training.sequence_parallel import SequenceParallel
 from longctx.training.sf_attention import SFAttention
@@ -175,7 +176,7 @@ def train(rank, world_size, _folder, checkpoint, checkpointing):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
     if checkpointing:
         checkpoint_layers(model, keep_attention=checkpointing == "kept")
-    parallel = SequenceParallel(model, attend=SFAttention(CONFIGS[1]).attend)
+    parallel = SequenceParallel(model, method=make_sf(CONFIGS[1]))
     input_ids = torch.randint(0, 256, (1, 83), generator=torch.Generator().manual_seed(3))
     mean, share = parallel.loss(input_ids, cu_seqlens=DOCUMENTS["packed"])
     share.backward()
