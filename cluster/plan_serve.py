@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.config import PlanServeConfig
+from longctx.attention.config import choose_method
 from longctx.cli.plan_text import FILLED_SHARE, GIB, align, describe_parts
 from longctx.engine.config import EngineConfig
 from longctx.engine.memory_plan import ServingPlan, count_token_bytes, plan_serving_memory, prefill_flops
+from longctx.errors import ConfigError
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
 from longctx.training.flops import count_linear_weights
 
@@ -25,6 +27,12 @@ _SHORT_CONTEXT = 1024  # shown beside the longest
 def plan_serve(config: PlanServeConfig) -> int:
     """Print the plan; returns 0 if everything fits, else 1. Raises ``ConfigError``, ``CheckpointError`` as serving."""
     spec = inspect_checkpoint(config.model.path, require_weights=False)
+    method = choose_method(config.attention, spec)
+    if method is not None:
+        raise ConfigError(
+            f"attention.name={config.attention.name} is not allowed: {spec.name} would be served with {method.name} "
+            "attention, and only dense attention is planned; dense, whose contexts are the shortest"
+        )
     max_context = choose_context(spec, config.model.max_context)
     from longctx.machine_limits import find_limits  # loads torch: a mistake in the configuration is told before
 
