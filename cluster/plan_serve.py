@@ -29,14 +29,10 @@ def plan_serve(config: PlanServeConfig) -> int:
     spec = inspect_checkpoint(config.model.path, require_weights=False)
     method = choose_method(config.attention, spec)
     if method is not None:
-<<<<<<< HEAD
-        raise ConfigError(f"plan serve knows nothing of {method.name} attention's memory and time yet")
-=======
         raise ConfigError(
             f"attention.name={config.attention.name} is not allowed: {spec.name} would be served with {method.name} "
             "attention, and only dense attention is planned; dense, whose contexts are the shortest"
         )
->>>>>>> cca
     max_context = choose_context(spec, config.model.max_context)
     from longctx.machine_limits import find_limits  # loads torch: a mistake in the configuration is told before
 

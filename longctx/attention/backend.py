@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
+from longctx.attention.batch import AttentionShape, HeadPages, KeyRanges, PackedBatch
 from longctx.attention.range_attention import attend_key_ranges
 from memory.pages import PagePool
 
@@ -70,6 +70,26 @@ class AttentionBackend(ABC):
             ``[S, H]``. A row that sees nothing is zeros and minus infinity.
         """
         return attend_key_ranges(q_SHD, shape, ranges, pool, first_kv_head=first_kv_head)
+
+    def attend_pages(self, q_SD: torch.Tensor, shape: AttentionShape, seen: HeadPages, pool: PagePool) -> torch.Tensor:
+        """Attention of rotated queries of single heads to whole pages; float32 ``[S, D]``.
+
+        Args:
+            q_SD: the rows of ``seen``.
+            shape: of the layer; its window is not looked at.
+        """
+        out_SD = q_SD.new_empty(q_SD.shape, dtype=torch.float32)
+        one_head, counts_B = replace(shape, num_heads=1, num_kv_heads=1), seen.cu_seqlens_B1.diff()
+        head_S = seen.kv_heads_B.repeat_interleave(counts_B.long(), output_size=len(q_SD))
+        for head in seen.kv_heads_B.unique().tolist():
+            is_own = seen.kv_heads_B == head
+            borders = torch.cat((counts_B.new_zeros(1), counts_B[is_own].cumsum(0, dtype=torch.int32)))
+            rows = (head_S == head).nonzero()[:, 0]
+            first_S = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
+            table = seen.pages_B[is_own, None].int()
+            ranges = KeyRanges(borders, table, first_S, first_S + pool.layout.page_size)
+            out_SD[rows] = self.attend_ranges(q_SD[rows, None], one_head, ranges, pool, first_kv_head=head)[0][:, 0]
+        return out_SD
 
     def lay_out(self, batch: PackedBatch) -> PackedBatch:
         """What the method makes of a batch of text tokens before the model computes it."""

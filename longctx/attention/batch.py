@@ -56,6 +56,15 @@ class PackedBatch:
 
 
 @dataclass(slots=True)
+class HeadPages:
+    """Query rows that each see all keys of one page and KV head: B segments of S rows. On the model's device."""
+
+    cu_seqlens_B1: torch.Tensor  # int32 [B + 1], segment borders in S
+    pages_B: torch.Tensor  # int64
+    kv_heads_B: torch.Tensor  # int64
+
+
+@dataclass(slots=True)
 class KeyRanges:
     """Query rows that each see one range of their segment's keys: B segments of S rows. On the model's device.
 

@@ -12,10 +12,23 @@ Legend: T rows of the batch with landmarks, B segments, L landmarks.
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from longctx.attention.batch import KeyRanges, PackedBatch
+
+SHORT_ROWS = 2  # rows of a segment that decodes: the token, and perhaps a landmark
+
+
+@dataclass(slots=True)
+class RowGroup:
+    """Rows whose landmarks are scored together: a long segment's, or those of all short ones."""
+
+    rows: torch.Tensor | slice  # of the batch
+    pages: torch.Tensor  # int64 [N] of the segment's earlier blocks, or [T, N] of each row's
+    block_T: torch.Tensor
+    run_T: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -29,6 +42,7 @@ class LandmarkRows:
     landmark_rows_L: torch.Tensor  # int64, rows that are landmarks
     landmark_pages_L: torch.Tensor  # int64, their pages
     text_rows: torch.Tensor  # int64, the others
+    groups: list[RowGroup]  # all rows, each in one
     num_blocks: int  # of the longest sequence, the last one included
 
 
@@ -67,14 +81,16 @@ def insert_landmarks(batch: PackedBatch, *, block_size: int, landmark_token_id: 
     last_T = first_T + (offset_T + 1).clamp_max(block_size).int()
     landmark_pages = batch.block_tables_BP[segment_T[landmark_rows], block_T[landmark_rows]].long()
     num_blocks = -(-batch.max_kv_len // block_size)
+    run_T = segment_T * num_blocks + block_T
     rows = LandmarkRows(
         segment_T,
         block_T,
-        segment_T * num_blocks + block_T,
+        run_T,
         KeyRanges(borders, batch.block_tables_BP, first_T, last_T),
         landmark_rows,
         landmark_pages,
         text_rows,
+        _group_rows(borders.tolist(), batch.block_tables_BP, segment_T, block_T, run_T),
         num_blocks,
     )
     return dataclasses.replace(
@@ -89,3 +105,25 @@ def insert_landmarks(batch: PackedBatch, *, block_size: int, landmark_token_id: 
         max_kv_len=block_size + 1,
         landmark=rows,
     )
+
+
+def _group_rows(
+    borders: list[int],
+    table_BP: torch.Tensor,
+    segment_T: torch.Tensor,
+    block_T: torch.Tensor,
+    run_T: torch.Tensor,
+) -> list[RowGroup]:
+    groups, short = [], []
+    for segment, (start, stop) in enumerate(pairwise(borders)):
+        if stop - start <= SHORT_ROWS:
+            short += range(start, stop)
+            continue
+        rows, num_blocks = slice(start, stop), max(1, int(block_T[stop - 1]))
+        groups.append(RowGroup(rows, table_BP[segment, :num_blocks].long(), block_T[rows], run_T[rows]))
+    if short:
+        rows = torch.tensor(short, device=block_T.device)
+        num_blocks = max(1, int(block_T[rows].max()))
+        pages = table_BP[segment_T[rows], :num_blocks].long()
+        groups.append(RowGroup(rows, pages, block_T[rows], run_T[rows]))
+    return groups

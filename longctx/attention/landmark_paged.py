@@ -12,22 +12,18 @@ Legend: T rows, L landmarks, H query heads, K KV heads, G = H / K, D head dim, k
 that see a block, B blocks that they see.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 
 from longctx.attention.backend import AttentionBackend, HeadNorm, rms_norm, rotate
-from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
-from longctx.attention.landmark_batch import LandmarkRows, insert_landmarks
+from longctx.attention.batch import AttentionShape, HeadPages, PackedBatch
+from longctx.attention.landmark_batch import LandmarkRows, RowGroup, insert_landmarks
 from longctx.attention.landmark_retrieval import Choice, Retrieval, choose_blocks
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.rope import RotaryTable
 from memory.landmark_keys import LandmarkKeys
 from memory.tiered_pages import TieredPages
-
-SHORT_ROWS = 2  # rows of a segment that decodes: the token, and perhaps a landmark
 
 
 class LandmarkAttention(AttentionBackend):
@@ -138,30 +134,21 @@ class LandmarkAttention(AttentionBackend):
         return torch.cat((head * cos + swapped * sin, q[..., dim:]), -1)
 
     def _choose(self, q_TKGD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> Choice:
-        """Short segments together, each row with its own landmarks; of long ones each alone."""
-        rows, table_BP = _rows_of(batch), batch.block_tables_BP[:, : _rows_of(batch).num_blocks].long()
-        borders = batch.cu_seqlens_B1.tolist()
-        long = [(a, b) for a, b in pairwise(borders) if b - a > SHORT_ROWS]
-        is_short = torch.ones(len(q_TKGD), dtype=torch.bool, device=q_TKGD.device)
-        groups: list[tuple[torch.Tensor | slice, torch.Tensor]] = []
-        for start, stop in long:
-            is_short[start:stop] = False
-            num_blocks = max(1, int(rows.block_T[stop - 1]))
-            groups.append((slice(start, stop), table_BP[rows.segment_T[start], :num_blocks]))
-        short = is_short.nonzero()[:, 0]
-        if len(short):
-            num_blocks = max(1, int(rows.block_T[short].max()))
-            groups.append((short, table_BP[rows.segment_T[short], :num_blocks]))
+        groups = _rows_of(batch).groups
+        if len(groups) == 1:
+            return self._choose_in(groups[0], q_TKGD, shape)
         shape_k = (*q_TKGD.shape[:3], self._retrieval.top_k)
         whole = Choice(*(torch.empty(shape_k, dtype=dtype, device=q_TKGD.device) for dtype in _CHOICE_DTYPES))
-        for where, pages in groups:
-            landmarks = self._keys.read(shape.layer_idx, pages)
-            of_rows = rows.block_T[where], rows.run_T[where]
-            part = choose_blocks(q_TKGD[where], landmarks, *of_rows, self._retrieval, self._turn)
+        for group in groups:
+            where, part = group.rows, self._choose_in(group, q_TKGD[group.rows], shape)
             whole.block[where], whole.is_there[where], whole.num_slots[where] = (
                 part.block, part.is_there, part.num_slots,
             )  # fmt: skip
         return whole
+
+    def _choose_in(self, group: RowGroup, q_TKGD: torch.Tensor, shape: AttentionShape) -> Choice:
+        landmarks = self._keys.read(shape.layer_idx, group.pages)
+        return choose_blocks(q_TKGD, landmarks, group.block_T, group.run_T, self._retrieval, self._turn)
 
     def _see_blocks(
         self,
@@ -189,16 +176,12 @@ class LandmarkAttention(AttentionBackend):
             is_seen = is_seen & ~is_skipped[..., None]
         gates_TKGk = torch.exp(scores_TKGk - total_TKG[..., None])
         out_TKGD = own_THD.unflatten(1, q_TKGD.shape[1:3]) * torch.exp(own_TKG - total_TKG)[..., None]
-        for head in range(shape.num_kv_heads):
-            self._add_head(out_TKGD, head, q_TKGkD, page_TKGk, gates_TKGk, is_seen, shape, batch)
-        if self._tiers is not None:
-            self._tiers.end_layer(shape.layer_idx, page_TKGk[is_seen].unique().cpu())
+        self._add_blocks(out_TKGD, q_TKGkD, page_TKGk, gates_TKGk, is_seen, shape, batch)
         return out_TKGD.flatten(1, 2)
 
-    def _add_head(
+    def _add_blocks(
         self,
         out_TKGD: torch.Tensor,
-        head: int,
         q_TKGkD: torch.Tensor,
         page_TKGk: torch.Tensor,
         gates_TKGk: torch.Tensor,
@@ -206,47 +189,41 @@ class LandmarkAttention(AttentionBackend):
         shape: AttentionShape,
         batch: PackedBatch,
     ) -> None:
-        """Add what the query heads of one KV head see of their blocks."""
-        row_S, group_S, rank_S = is_seen[:, head].nonzero(as_tuple=True)
-        if not len(row_S):
-            return
-        page_S, order = page_TKGk[row_S, head, group_S, rank_S].sort(stable=True)
-        row_S, group_S, rank_S = row_S[order], group_S[order], rank_S[order]
-        page_B, counts = page_S.unique_consecutive(return_counts=True)
-        q_S1D = q_TKGkD[row_S, head, group_S, rank_S].unsqueeze(1)
-        seen_SD = self._see_whole(q_S1D, page_B, counts, head, shape, batch)
-        weighted_SD = seen_SD * gates_TKGk[row_S, head, group_S, rank_S][:, None]
-        num_groups = out_TKGD.shape[2]
-        flat = out_TKGD.new_zeros(len(out_TKGD) * num_groups, out_TKGD.shape[3])
-        flat.index_add_(0, row_S * num_groups + group_S, weighted_SD)
-        out_TKGD[:, head] += flat.unflatten(0, (-1, num_groups))
+        """Add what rows see of their blocks, those that see the same block of a KV head after each other."""
+        num_kv_heads, num_ranks = shape.num_kv_heads, page_TKGk.shape[3]
+        place_S = is_seen.flatten().nonzero()[:, 0]
+        kv_head_S = place_S // (shape.num_heads // num_kv_heads * num_ranks) % num_kv_heads
+        key_S, order = (page_TKGk.flatten()[place_S] * num_kv_heads + kv_head_S).sort()
+        place_S = place_S[order]
+        key_B, counts_B = key_S.unique_consecutive(return_counts=True)
+        border_B1 = torch.cat((counts_B.new_zeros(1), counts_B.cumsum(0))).int()
+        q_SD = q_TKGkD.flatten(0, 3)[place_S]
+        seen_SD = self._see_whole(q_SD, key_B // num_kv_heads, key_B % num_kv_heads, border_B1, shape, batch)
+        seen_SD = seen_SD * gates_TKGk.flatten()[place_S, None]
+        out_TKGD.view(-1, shape.head_dim).index_add_(0, place_S // num_ranks, seen_SD)
 
     def _see_whole(
         self,
-        q_S1D: torch.Tensor,
+        q_SD: torch.Tensor,
         page_B: torch.Tensor,
-        counts_B: torch.Tensor,
-        head: int,
+        kv_head_B: torch.Tensor,
+        border_B1: torch.Tensor,
         shape: AttentionShape,
         batch: PackedBatch,
     ) -> torch.Tensor:
-        """Attention ``[S, D]`` of rows to all of a block of one KV head each, the rows of a block after each other."""
-        border_B1 = torch.cat((counts_B.new_zeros(1), counts_B.cumsum(0)))
-        parts = [(slice(0, len(page_B)), page_B)] if self._tiers is None else self._look_at(page_B, shape)
-        one_head, seen = replace(shape, num_heads=1, num_kv_heads=1), []
-        for blocks, frame_B in parts:
+        """Attention ``[S, D]`` of each segment's rows to a block of one KV head; blocks are in ascending order."""
+        if self._tiers is None:
+            return self.inner.attend_pages(q_SD, shape, HeadPages(border_B1, page_B, kv_head_B), batch.pool)
+        pages, counts = (x.cpu() for x in page_B.unique_consecutive(return_counts=True))
+        ends, seen = [0, *counts.cumsum(0).tolist()], []
+        for part, frames in self._tiers.look_at(shape.layer_idx, pages):
+            blocks = slice(ends[part.start], ends[part.stop])
+            frame_B = frames.repeat_interleave(counts[part]).to(page_B.device)
             borders = border_B1[blocks.start : blocks.stop + 1]
-            rows = q_S1D[int(borders[0]) : int(borders[-1])]
-            first_S = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
-            segments, table = (borders - borders[0]).int(), frame_B[:, None].int()
-            ranges = KeyRanges(segments, table, first_S, first_S + self._block_size)
-            seen.append(self.inner.attend_ranges(rows, one_head, ranges, batch.pool, first_kv_head=head)[0][:, 0])
-        return torch.cat(seen)
-
-    def _look_at(self, page_B: torch.Tensor, shape: AttentionShape) -> Iterator[tuple[slice, torch.Tensor]]:
-        assert self._tiers is not None
-        for part, frames in self._tiers.look_at(shape.layer_idx, page_B.cpu()):
-            yield part, frames.to(page_B.device)
+            own = HeadPages(borders - borders[0], frame_B, kv_head_B[blocks])
+            seen.append(self.inner.attend_pages(q_SD[int(borders[0]) : int(borders[-1])], shape, own, batch.pool))
+        self._tiers.end_layer(shape.layer_idx, pages)
+        return torch.cat(seen) if seen else q_SD.float()
 
 
 _CHOICE_DTYPES = (torch.int64, torch.bool, torch.int64)

@@ -5,12 +5,15 @@ float16 (a CPU serves it as float32), head sizes that are no multiple of 16.
 """
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from longctx.attention.backend import AttentionBackend, HeadNorm
-from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
+from longctx.attention.batch import AttentionShape, HeadPages, KeyRanges, PackedBatch
 from longctx.kernels.build import NativeBuildError, load_native
+from memory.layout import KVLayout
 from memory.page_rows import write_rows
 from memory.pages import DTYPES, PagePool
 
@@ -99,20 +102,44 @@ class NativeAttention(AttentionBackend):
         *,
         first_kv_head: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layout, q_SHD = pool.layout, q_SHD.contiguous()
+        layout = pool.layout
+        head_bytes = layout.block_bytes // 2 // layout.num_kv_heads
+        addresses = [address + first_kv_head * head_bytes for address in _page_addresses(pool, shape.layer_idx)]
+        return self._attend_at(q_SHD, shape, ranges, layout, addresses, page_stride=layout.block_bytes)
+
+    def attend_pages(self, q_SD: torch.Tensor, shape: AttentionShape, seen: HeadPages, pool: PagePool) -> torch.Tensor:
+        # One head of a page is a page as well, of a pool with more and smaller ones.
+        layout, num_heads = pool.layout, 2 * pool.layout.num_kv_heads
+        first_S = torch.zeros(len(q_SD), dtype=torch.int32)
+        table = (seen.pages_B * num_heads + seen.kv_heads_B).int()[:, None]
+        ranges = KeyRanges(seen.cu_seqlens_B1, table, first_S, first_S + layout.page_size)
+        one_head, addresses = replace(shape, num_heads=1, num_kv_heads=1), _page_addresses(pool, shape.layer_idx)
+        stride = layout.block_bytes // num_heads
+        return self._attend_at(q_SD[:, None], one_head, ranges, layout, addresses, page_stride=stride)[0][:, 0]
+
+    def _attend_at(
+        self,
+        q_SHD: torch.Tensor,
+        shape: AttentionShape,
+        ranges: KeyRanges,
+        layout: KVLayout,
+        addresses: Sequence[int],
+        *,
+        page_stride: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``attend_ranges``; ``addresses`` are of K and V of page 0, ``page_stride`` bytes from page to page."""
+        q_SHD = q_SHD.contiguous()
         indices = (ranges.cu_seqlens_B1, ranges.first_S, ranges.last_S, ranges.block_tables_BP)
         assert all(index.dtype == torch.int32 and index.stride(-1) == 1 for index in indices)
         assert q_SHD.dtype == DTYPES[layout.dtype] and layout.page_size % LANES == 0
         out_SHD = torch.empty(q_SHD.shape, dtype=torch.float32)
         lse_SH = torch.empty(q_SHD.shape[:2], dtype=torch.float32)
-        head_bytes = layout.block_bytes // 2 // layout.num_kv_heads
-        k_pages, v_pages = (address + first_kv_head * head_bytes for address in _page_addresses(pool, shape.layer_idx))
         args = _LayerArgs(
             q=q_SHD.data_ptr(),
             out=out_SHD.data_ptr(),
             lse=lse_SH.data_ptr(),
-            k_pages=k_pages,
-            v_pages=v_pages,
+            k_pages=addresses[0],
+            v_pages=addresses[1],
             cu_seqlens=ranges.cu_seqlens_B1.data_ptr(),
             tables=ranges.block_tables_BP.data_ptr(),
             table_stride=ranges.block_tables_BP.stride(0),
@@ -123,7 +150,7 @@ class NativeAttention(AttentionBackend):
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             page_size=layout.page_size,
-            page_stride=layout.block_bytes,
+            page_stride=page_stride,
             is_bf16=q_SHD.dtype == torch.bfloat16,
             num_threads=torch.get_num_threads(),
             scale=shape.scale,
