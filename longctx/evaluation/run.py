@@ -88,9 +88,10 @@ class Evaluation:
             started = time.monotonic()
             with tqdm(total=len(cells), initial=len(cells) - len(todo), unit="prompt", disable=None) as self._bar:
                 self._bar.set_description(f"{name}, {length} tokens")
+                is_shown = not self._bar.disable
                 for wave in _split(todo, max(1, WAVE_TOKENS // length)):
                     (self._score if is_text_task(name) else self._ask)(wave)
-            if self._bar.disable:  # no terminal: a line for each
+            if not is_shown:  # no terminal: a line for each
                 logger.info("%s, %d tokens: %d prompts, %.1f s", name, length, len(todo), time.monotonic() - started)
 
     def _pairs(self) -> list[tuple[str, int]]:
@@ -136,7 +137,8 @@ class Evaluation:
         now = time.monotonic()
         if self._bar is not None and now - self._shown > PROGRESS_INTERVAL_S:
             self._shown = now
-            self._bar.set_postfix_str(f"prompt: {num_computed}/{num_tokens}")
+            is_computed = num_computed >= num_tokens
+            self._bar.set_postfix_str("answering" if is_computed else f"prompt: {num_computed}/{num_tokens}")
 
     def _heed_stop(self) -> None:
         if self._should_stop():
