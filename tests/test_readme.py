@@ -55,6 +55,7 @@ def test_every_example_is_marked_and_run():
     assert README.count("```") == 2 * len(BLOCKS)
 
 
+@pytest.mark.slow
 def test_ask_about_a_document(server, tmp_path):
     answer, figures = run_block("ask", tmp_path, server.port).splitlines()
     assert answer.strip() == "48213."
@@ -70,11 +71,13 @@ def test_ask_about_a_document(server, tmp_path):
     assert shipped == pytest.approx(whole, rel=0.01)  # whole pages: a little more
 
 
+@pytest.mark.slow
 def test_curl(server, tmp_path):
     completion = json.loads(run_block("curl", tmp_path, server.port))
     assert completion["usage"]["completion_tokens"] == len(completion["choices"][0]["text"].encode()) == 30
 
 
+@pytest.mark.slow
 def test_train(tmp_path):
     output = tmp_path / "run"
     command = BLOCKS["train"][1].replace(".venv/bin/longctx", f"{sys.executable} -m longctx.cli.main")

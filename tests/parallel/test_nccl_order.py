@@ -40,7 +40,7 @@ class Recorder(Carrier):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_both_ends_post_the_same_messages_in_the_same_order(plan, world_size):
     """NCCL matches by order: in every group call, what one rank sends another is what that one receives."""
-    for cell in CELLS:
+    for cell in CELLS[world_size - 2 :: 3]:
         posts: list[list[list[tuple[str, int, int, int]]]] = []
         run_virtual_ranks(
             cell.make_inputs(),
@@ -111,7 +111,7 @@ def attend_over_gloo(rank, world_size, folder, cells, plans):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_nccl_carrier_needs_no_tags(world_size):
-    cells = CELLS[:: 7 if world_size == 4 else 14]
+    cells = CELLS[:: 14 if world_size == 4 else 21]
     assert run_ranks(attend_over_gloo, world_size, cells, list(PLANS)) == [True] * world_size
 
 

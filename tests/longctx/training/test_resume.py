@@ -73,6 +73,7 @@ def test_lost_too_often_leaves_the_last_checkpoint(tmp_path):
     assert names(output) == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_other_ranks_go_on_with_the_losses_of_one(tmp_path):
     """2 -> 1 -> 4 ranks, each with another ZeRO stage."""
     whole = train_through(tmp_path / "whole", "deepspeed.zero_stage=0")
@@ -186,6 +187,7 @@ def test_what_a_checkpoint_is_not_of_is_named(tmp_path):
     assert names(output) == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.slow
 def test_never_starts_anew_and_goes_on_from_its_own(tmp_path):
     """Also after it was killed; what was there before is set aside."""
     output = tmp_path / "run"

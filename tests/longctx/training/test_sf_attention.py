@@ -188,7 +188,7 @@ def train(rank, world_size, _folder, checkpoint, checkpointing):
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("checkpointing", ["", "kept", "anew"])
+@pytest.mark.parametrize("checkpointing", ["", "kept", pytest.param("anew", marks=pytest.mark.slow)])
 def test_a_model_trains_with_it_and_is_dense_at_evaluation(tmp_path, checkpointing):
     checkpoint = str(make_checkpoint(tmp_path / "model", "llama"))
     loss, dense, expected = train(0, 1, "", checkpoint, "")

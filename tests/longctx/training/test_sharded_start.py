@@ -46,6 +46,7 @@ def start(rank, world_size, _, path):
     return sizes
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_model(tmp_path):
     path = make_checkpoint(tmp_path, "qwen3", num_hidden_layers=12)
     for sizes in run_ranks(start, 2, path):
@@ -72,9 +73,8 @@ def test_losses_do_not_depend_on_the_stage(tmp_path, init, family):
     assert abs(one[0] - one[-1]) > 0.01
 
 
-@pytest.mark.parametrize(
-    "method", ["dora", *(pytest.param(each, marks=pytest.mark.slow) for each in ("lora", "series"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dora", "lora", "series"])
 def test_adapters_begin_alike_under_every_stage(tmp_path, method):
     """A new one, with norms and embeddings; then one that is trained on."""
     model = make_checkpoint(tmp_path / "model", "qwen3")
