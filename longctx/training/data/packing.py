@@ -121,7 +121,7 @@ def pack(
     num_landmarks = 0
     if landmarks is not None:
         size = landmarks.block_size + 1
-        places = torch.cat([torch.arange(start + size - 1, stop, size) for start, stop in pairwise(bounds)])
+        places = [place for start, stop in pairwise(bounds) for place in range(start + size - 1, stop, size)]
         input_ids[0, places] = landmarks.landmark_token_id
         num_landmarks = len(places)
     provenance = tuple(piece.document.place for piece in pieces)

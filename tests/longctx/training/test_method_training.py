@@ -88,7 +88,7 @@ def train_alone(folders):
     )[0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_loss_and_gradients_are_those_of_one_rank(folders, world_size):
     paths = tuple(folders[name] for name, *_ in CASES)
     expected = train_alone(paths)
