@@ -17,6 +17,8 @@ from longctx.models.checkpoint import inspect_checkpoint
 from parallel.links import load_links
 from parallel.option import parse_budget
 
+_SHIPPED = ("landmark",)  # methods whose KV travels: in pages, as dense attention's does
+
 
 def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     """What can be wrong before anything runs. Returns the configuration as the workers get it, and the model.
@@ -48,15 +50,20 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 def _check_method(config: ServeConfig, name: str) -> None:
     """Whether the deployment can be served with a method other than dense attention."""
     cluster = config.cluster
-    if cluster.num_prefill_workers:
+    if cluster.num_prefill_workers and name not in _SHIPPED:
         raise ConfigError(
             f"cluster.num_prefill_workers={cluster.num_prefill_workers} is not allowed with {name} attention, whose KV "
             "does not travel: cluster=colocated"
         )
-    if cluster.decode.sp_degree > 1:
+    if cluster.num_prefill_workers and config.attention.blocks != "near":
         raise ConfigError(
-            f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention: 1"
+            f"attention.blocks={config.attention.blocks} is not allowed with cluster.num_prefill_workers="
+            f"{cluster.num_prefill_workers}: blocks that travel are near; cluster=colocated, or attention.blocks=near"
         )
+    for role in ("prefill", "decode"):
+        sp_degree = getattr(cluster, role).sp_degree
+        if sp_degree > 1:
+            raise ConfigError(f"cluster.{role}.sp_degree={sp_degree} is not allowed with {name} attention: 1")
 
 
 def _check_ranks(config: ServeConfig) -> ServeConfig:

@@ -1,7 +1,9 @@
-"""The keys of landmarks: what stays near the compute, whatever tier the blocks themselves are in.
+"""The keys of landmarks, by page and layer: what stays near the compute, whatever tier the blocks themselves are in.
 
-One key for each page and layer. Pages are numbered as in the pool whose blocks they stand for; a page that is given to
-another block gets that block's landmark once it is full, and its key is not read before.
+They lie in the pages (``PagePool.landmarks``), or where pages do not stay near, in a table beside them. A page that is
+given to another block gets that block's landmark once it is full, and its key is not read before.
+
+Shape legend: L landmarks, K KV heads, D head dim.
 """
 
 import torch
@@ -11,24 +13,14 @@ from memory.pages import DTYPES
 
 
 class LandmarkKeys:
-    """Keys by layer and page.
+    """Keys of pages.
 
     Args:
-        layout: of the pages; gives layers, KV heads, head size and dtype.
-        num_pages: of the pool.
-        device: near the compute.
-
-    Shape legend: L landmarks, K KV heads, D head dim.
+        keys: ``[num_layers, num_pages, K, D]``, near the compute.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: int, *, device: torch.device | str = "cpu") -> None:
-        shape = (layout.num_layers, num_pages, layout.num_kv_heads, layout.head_dim)
-        self._keys = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
-
-    @property
-    def num_bytes(self) -> int:
-        """That they take."""
-        return self._keys.numel() * self._keys.element_size()
+    def __init__(self, keys: torch.Tensor) -> None:
+        self._keys = keys
 
     def write(self, layer_idx: int, pages_L: torch.Tensor, k_LKD: torch.Tensor) -> None:
         """Set the keys of pages, int64."""
@@ -41,3 +33,9 @@ class LandmarkKeys:
     def read_heads(self, layer_idx: int, pages: torch.Tensor, kv_heads: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` of one KV head each; the two index tensors broadcast."""
         return self._keys[layer_idx][pages, kv_heads]
+
+
+def make_landmark_table(layout: KVLayout, num_pages: int, device: torch.device) -> LandmarkKeys:
+    """A table beside pages that do not stay near."""
+    shape = (layout.num_layers, num_pages, layout.num_kv_heads, layout.head_dim)
+    return LandmarkKeys(torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device))

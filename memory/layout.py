@@ -1,7 +1,8 @@
 """How the KV of one model lies in a page.
 
 A *page* holds ``page_size`` consecutive tokens of one sequence, all layers. A *block* is one layer's part of a page:
-contiguous bytes, K first, then V. Attention backends declare which ``order`` they read:
+contiguous bytes, K first, then V, then the key of the page's landmark if there is one, ``[num_kv_heads, head_dim]``:
+whoever gets a page has what finds it. Attention backends declare which ``order`` they read:
 
 - ``hnd``: K and V as ``[num_kv_heads, page_size, head_dim]``;
 - ``nhd``: K and V as ``[page_size, num_kv_heads, head_dim]`` (flash-attn's paged layout);
@@ -27,6 +28,7 @@ class KVLayout:
     page_size: int  # tokens
     dtype: str  # a key of ELEMENT_SIZES
     order: str  # one of ORDERS
+    has_landmark: bool = False  # of landmark attention
 
     def __post_init__(self) -> None:
         if self.dtype not in ELEMENT_SIZES:
@@ -35,9 +37,24 @@ class KVLayout:
             raise ValueError(f"KV order {self.order!r} is unknown; allowed: {', '.join(ORDERS)}")
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one KV head's key of one token."""
+        return self.head_dim * ELEMENT_SIZES[self.dtype]
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one KV head's keys of one layer of one page."""
+        return self.page_size * self.row_bytes
+
+    @property
+    def v_offset(self) -> int:
+        """Where in a block V begins."""
+        return self.num_kv_heads * self.head_bytes
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of one layer of one page, K and V."""
-        return 2 * self.num_kv_heads * self.head_dim * self.page_size * ELEMENT_SIZES[self.dtype]
+        """Bytes of one layer of one page."""
+        return 2 * self.v_offset + (self.num_kv_heads * self.row_bytes if self.has_landmark else 0)
 
     @property
     def page_bytes(self) -> int:
@@ -56,4 +73,5 @@ class KVLayout:
     def digest(self) -> str:
         """16 hex digits that differ between layouts that cannot exchange pages."""
         text = repr((self.num_layers, self.num_kv_heads, self.head_dim, self.page_size, self.dtype, self.order))
+        text += " landmark" if self.has_landmark else ""
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

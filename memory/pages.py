@@ -127,6 +127,14 @@ class PagePool(PageAllocator):
         """K and V of one layer, shaped as ``layout.order`` says, with a leading ``num_pages`` dimension; no copy."""
         return self._views[layer_idx]
 
+    @property
+    def landmarks(self) -> torch.Tensor:
+        """Keys of pages' landmarks, ``[num_layers, num_pages, num_kv_heads, head_dim]``; no copy."""
+        layout = self.layout
+        assert layout.has_landmark
+        keys = self.storage[..., 2 * layout.v_offset :].view(DTYPES[layout.dtype])
+        return keys.unflatten(2, (layout.num_kv_heads, layout.head_dim))
+
     def block(self, layer_idx: int, page: int, count: int = 1) -> torch.Tensor:
         """uint8 ``[count * block_bytes]``: the bytes of ``count`` consecutive pages of one layer; no copy."""
         return self.storage[layer_idx, page : page + count].view(-1)
@@ -154,11 +162,11 @@ def _allocate(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor
 def _block_views(blocks: torch.Tensor, layout: KVLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V views of uint8 ``[num_pages, block_bytes]``."""
     heads, dim, size = layout.num_kv_heads, layout.head_dim, layout.page_size
-    values = blocks.view(DTYPES[layout.dtype])  # [num_pages, 2 * heads * dim * size]
+    values = blocks.view(DTYPES[layout.dtype])  # [num_pages, 2 * heads * dim * size], and a landmark's
     if layout.order == "paired":
         pair = 4 // values.element_size()
         k_shape, v_shape = (heads, dim // pair, size, pair), (heads, size // pair, dim, pair)
     else:
         k_shape = v_shape = (heads, size, dim) if layout.order == "hnd" else (size, heads, dim)
-    half = values.shape[1] // 2
-    return values[:, :half].unflatten(1, k_shape), values[:, half:].unflatten(1, v_shape)
+    half = heads * dim * size
+    return values[:, :half].unflatten(1, k_shape), values[:, half : 2 * half].unflatten(1, v_shape)

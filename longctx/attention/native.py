@@ -103,18 +103,18 @@ class NativeAttention(AttentionBackend):
         first_kv_head: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layout = pool.layout
-        head_bytes = layout.block_bytes // 2 // layout.num_kv_heads
-        addresses = [address + first_kv_head * head_bytes for address in _page_addresses(pool, shape.layer_idx)]
+        addresses = [address + first_kv_head * layout.head_bytes for address in _page_addresses(pool, shape.layer_idx)]
         return self._attend_at(q_SHD, shape, ranges, layout, addresses, page_stride=layout.block_bytes)
 
     def attend_pages(self, q_SD: torch.Tensor, shape: AttentionShape, seen: HeadPages, pool: PagePool) -> torch.Tensor:
-        # One head of a page is a page as well, of a pool with more and smaller ones.
-        layout, num_heads = pool.layout, 2 * pool.layout.num_kv_heads
-        first_S = torch.zeros(len(q_SD), dtype=torch.int32)
-        table = (seen.pages_B * num_heads + seen.kv_heads_B).int()[:, None]
+        # One head of a page is a page as well, in a pool whose pages begin at every row of every head.
+        layout, first_S = pool.layout, torch.zeros(len(q_SD), dtype=torch.int32)
+        rows_per_block = layout.block_bytes // layout.row_bytes
+        assert pool.num_pages * rows_per_block < 1 << 31
+        table = (seen.pages_B * rows_per_block + seen.kv_heads_B * layout.page_size).int()[:, None]
         ranges = KeyRanges(seen.cu_seqlens_B1, table, first_S, first_S + layout.page_size)
         one_head, addresses = replace(shape, num_heads=1, num_kv_heads=1), _page_addresses(pool, shape.layer_idx)
-        stride = layout.block_bytes // num_heads
+        stride = layout.row_bytes
         return self._attend_at(q_SD[:, None], one_head, ranges, layout, addresses, page_stride=stride)[0][:, 0]
 
     def _attend_at(
@@ -232,4 +232,4 @@ class NativeAttention(AttentionBackend):
 def _page_addresses(pool: PagePool, layer_idx: int) -> tuple[int, int]:
     """Where K and V of one layer's page 0 lie."""
     address = pool.storage.data_ptr() + layer_idx * pool.num_pages * pool.layout.block_bytes
-    return address, address + pool.layout.block_bytes // 2
+    return address, address + pool.layout.v_offset

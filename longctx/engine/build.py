@@ -189,7 +189,7 @@ def _load(
     decoder = PackedDecoder(loaded, backend)
     if not isinstance(method, LandmarkSpec):
         decoder.rotary.reserve(max_context)
-    layout = decoder.layout(page_size)
+    layout = replace(decoder.layout(page_size), has_landmark=isinstance(method, LandmarkSpec))
     world_size = 1 if shards is None else shards.group.world_size
     context_pages = layout.num_pages(max_context)
     if isinstance(method, CCASpec):
@@ -201,10 +201,12 @@ def _load(
         num_pages = _agree_on_pages(shards, layout, num_pages)
     if isinstance(method, LandmarkSpec):
         tiers = make_tiers(attention, engine_config, layout, num_pages, device=device, max_context=max_context)
-        take_landmarks(decoder, method, attention, num_pages=num_pages, layout=layout, tiers=tiers)
         if tiers is not None:
+            take_landmarks(decoder, method, attention, pages=tiers)
             return _Parts(spec, decoder, tiers.near, max_context, method, tiers)
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
+    if isinstance(method, LandmarkSpec):
+        take_landmarks(decoder, method, attention, pages=pool)
     return _Parts(spec, decoder, pool, max_context, method)
 
 

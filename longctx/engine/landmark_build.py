@@ -20,7 +20,7 @@ from longctx.errors import ConfigError
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.packed import PackedDecoder
 from memory.block_store import BlockFile, BlockStore, HostBlocks
-from memory.landmark_keys import LandmarkKeys
+from memory.landmark_keys import LandmarkKeys, make_landmark_table
 from memory.layout import KVLayout
 from memory.pages import PagePool
 from memory.tiered_pages import MIN_CACHE, TieredPages
@@ -93,14 +93,17 @@ def take_landmarks(
     method: LandmarkSpec,
     attention: AttentionConfig,
     *,
-    num_pages: int,
-    layout: KVLayout,
-    tiers: TieredPages | None,
+    pages: PagePool | TieredPages,
 ) -> None:
-    """Let ``decoder`` compute landmark attention."""
+    """Let ``decoder`` compute landmark attention over ``pages``."""
+    tiers = pages if isinstance(pages, TieredPages) else None
+    if isinstance(pages, PagePool):
+        keys = LandmarkKeys(pages.landmarks)
+    else:
+        keys = make_landmark_table(pages.layout, pages.num_pages, decoder.device)
     decoder.backend = LandmarkAttention(
         decoder.backend,
-        LandmarkKeys(layout, num_pages if tiers is None else tiers.num_pages, device=decoder.device),
+        keys,
         decoder.rotary,
         spec=method,
         retrieval=Retrieval(attention.top_k, attention.retrieval),

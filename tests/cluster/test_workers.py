@@ -17,6 +17,10 @@ LENGTHS = (1, 16, 17, 50, 64, 65, 200)  # one token to several chunks, at and be
 
 VARIANTS = {name: (name, {}) for name in FAMILIES} | {
     "mqa": ("llama", {"num_key_value_heads": 1}),
+    "landmark": (
+        "llama",
+        {"longctx_attention": {"name": "landmark", "block_size": 16, "landmark_token_id": 258}},
+    ),
     "dynamic_rope": (
         "llama",
         {

@@ -157,7 +157,7 @@ def test_tiers_change_nothing(folders, blocks, tmp_path):
     for tiers in ({}, {"blocks": blocks, "blocks_bytes": "4MiB", "blocks_folder": str(tmp_path)}):
         options = {"max_batch_tokens": 128, "max_sequences": 4}
         if tiers:
-            options["kv_bytes"] = str((128 // BLOCK + 8 + MIN_CACHE) * 8192)
+            options["kv_bytes"] = str((128 // BLOCK + 8 + MIN_CACHE) * 8448)
         engine = make_engine(folders["llama"], options=tiers, **options)
         for idx, prompt in enumerate(prompts):
             engine.add(make_request(str(idx), prompt, params[idx]))
@@ -170,8 +170,8 @@ def test_tiers_change_nothing(folders, blocks, tmp_path):
     assert pages.num_fetched > 0
     assert pages.num_hits > 0
     assert len(pages._free_frames) == pages._num_staging - len(pages._filled)
-    with pytest.raises(ConfigError, match="32 pages of 8192 bytes have to be near"):
-        make_engine(folders["llama"], options=tiers, **(options | {"kv_bytes": str(31 * 8192)}))
+    with pytest.raises(ConfigError, match="32 pages of 8448 bytes have to be near"):
+        make_engine(folders["llama"], options=tiers, **(options | {"kv_bytes": str(31 * 8448)}))
 
 
 def test_forks_and_preemption(folders):
