@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from longctx.attention.cca import cca_attention
     from longctx.attention.landmark import landmark_attention
     from longctx.llm import LLM
-    from longctx.messages import SamplingParams
+    from longctx.messages import AttentionOptions, SamplingParams
     from parallel.attention import sequence_parallel_attention, token_ring_attention
     from parallel.shard import shard_sequence, unshard_sequence
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AttentionOptions",
     "SamplingParams",
     "__version__",
     "cca_attention",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AttentionOptions": "longctx.messages",
     "cca_attention": "longctx.attention.cca",
     "landmark_attention": "longctx.attention.landmark",
     "LLM": "longctx.llm",
