@@ -26,7 +26,7 @@ import torch.distributed as dist
 from longctx.attention.cca import cca_attention
 from longctx.training.config import TrainAttentionConfig
 from longctx.training.core_merge import MergeCores
-from longctx.training.shared_rows import AddUp, Rows, find_rows
+from longctx.training.shared_rows import AddUp, Rows, check_call, find_rows
 from parallel.attention import sequence_parallel_attention
 from parallel.tile_attention import accumulator_dtype
 
@@ -73,12 +73,7 @@ class CCAAttention:
         Raises:
             ValueError: for attention that is not causal or has a window of the model's, or a batch.
         """
-        if not causal or window is not None:
-            raise ValueError(
-                f"causal={causal}, window={window} are not allowed: CCA attention takes causal models without windows"
-            )
-        if q.shape[0] != 1:
-            raise ValueError(f"a batch of {q.shape[0]} is not allowed: CCA attention takes one sequence")
+        check_call("CCA", q, causal=causal, window=window)
         factor: float = q.shape[-1] ** -0.5 if scale is None else scale
         if dist.get_world_size(group) == 1 and q.device.type == "cuda":
             return self._attend_alone(q, k, v, cu_seqlens, rotate, factor)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from longctx.attention.landmark import attend_with_torch, choose_landmark
 from longctx.attention.landmark_blocks import Blocks, find_blocks
 from longctx.attention.landmark_products import LandmarkProducts
-from longctx.training.shared_rows import Rows, add_up_rows, find_rows, gather_rows
+from longctx.training.shared_rows import Rows, add_up_rows, check_call, find_rows, gather_rows
 from parallel.kept_attention import current_kept_attention
 
 
@@ -61,13 +61,7 @@ class LandmarkAttention:
         Raises:
             ValueError: for attention that is not causal or has a window, or a batch.
         """
-        if not causal or window is not None:
-            raise ValueError(
-                f"causal={causal}, window={window} are not allowed: landmark attention takes causal models without "
-                "windows"
-            )
-        if q.shape[0] != 1:
-            raise ValueError(f"a batch of {q.shape[0]} is not allowed: landmark attention takes one sequence")
+        check_call("landmark", q, causal=causal, window=window)
         if self._blocks is None or self._blocks[0] is not is_landmark:
             self._blocks = is_landmark, find_blocks(is_landmark, cu_seqlens)
         blocks, factor = self._blocks[1], float(q.shape[-1] ** -0.5 if scale is None else scale)

@@ -26,6 +26,16 @@ class Rows:
     num_rows: int  # of the rank that holds most
 
 
+def check_call(method: str, q: torch.Tensor, *, causal: bool, window: int | None) -> None:
+    """Raise ``ValueError`` for attention that is not causal or has a window of the model's, or a batch."""
+    if not causal or window is not None:
+        raise ValueError(
+            f"causal={causal}, window={window} are not allowed: {method} attention takes causal models without windows"
+        )
+    if q.shape[0] != 1:
+        raise ValueError(f"a batch of {q.shape[0]} is not allowed: {method} attention takes one sequence")
+
+
 def find_rows(layout: str, documents: Sequence[int], group: dist.ProcessGroup | None) -> Rows:
     """This rank's of a sequence with these boundaries of documents."""
     return _find_rows(layout, tuple(documents), dist.get_world_size(group), dist.get_rank(group))

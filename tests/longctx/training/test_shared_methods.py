@@ -103,6 +103,17 @@ def compare(rank, world_size, _folder, cases):
     return len(cases)
 
 
+def test_mistakes_are_named():
+    q, k, v, _ = make_inputs("gqa", "one")
+    attends = LandmarkAttention().attend, CCAAttention(CCA[0]).attend
+    arguments = {"group": None, "cu_seqlens": (0, 41), "is_landmark": torch.zeros(41).bool(), "rotate": rotate}
+    for attend in attends:
+        with pytest.raises(ValueError, match="window=4 are not allowed"):
+            attend(q, k, v, window=4, **arguments)
+        with pytest.raises(ValueError, match="a batch of 2 is not allowed"):
+            attend(*(x.repeat(2, 1, 1, 1) for x in (q, k, v)), **arguments)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_are_exact_in_every_layout(world_size):
     cases = [
