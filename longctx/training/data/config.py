@@ -4,14 +4,16 @@ from dataclasses import dataclass
 
 from parallel.option import option
 
-FORMATS = ("auto", "jsonl", "parquet", "text", "datasets")
+FORMATS = ("auto", "jsonl", "parquet", "text", "datasets", "demo")
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """What is trained on, and how rows become packed sequences."""
 
-    path: str | None = option(None, "file, folder or glob of files to train on")
+    path: str | None = option(
+        None, "file, folder or glob of files to train on, or demo for rows as the shipped models were trained on"
+    )
     eval_path: str | None = option(None, "the same, to evaluate on; null: no evaluation")
     format: str = option("auto", "how rows are stored; auto: by file names", choices=FORMATS)
     text_key: str = option("text", "key of a row's text")
@@ -22,6 +24,10 @@ class DataConfig:
     bad_rows: str = option("fail", "what a row that cannot be read does", choices=("fail", "skip"))
     long_rows: str = option(
         "split", "what a row longer than the context does", choices=("split", "truncate", "skip", "fail")
+    )
+    demo_tokens: int = option(384, "tokens of a row that is generated, about (data.path=demo)", minimum=64)
+    demo_recall: float = option(
+        0.6, "share of generated rows that hide facts and ask for them (data.path=demo)", minimum=0, maximum=1
     )
     packing: bool = option(True, "several rows in one sequence, each attending only to itself")
     shuffle: bool = option(True, "rows in another order in every epoch")

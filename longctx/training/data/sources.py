@@ -24,8 +24,10 @@ SOURCES = Registry(
         "parquet": "longctx.training.data.arrow:open_parquet",
         "text": "longctx.training.data.text_files:TextFiles",
         "datasets": "longctx.training.data.arrow:open_datasets",
+        "demo": "longctx.training.data.demo_rows:DemoRows",
     },
 )
+DEMO_NAMES = ("demo", "demo-held-out")  # rows that are generated (demo_rows.py); ./demo is a file or folder
 _FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in SUFFIXES.items() for suffix in suffixes}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _SAVED_DATASET = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves in a folder
@@ -73,7 +75,7 @@ def open_source(path: str | None, config: DataConfig, *, option: str = "data.pat
 def check_path(path: str | None, config: DataConfig, *, option: str = "data.path") -> None:
     """Raise ``ConfigError`` as ``open_source`` does, for what shows without reading a file."""
     _, files = _choose_files(path, config, option)
-    if all(file.is_file() and not file.stat().st_size for file in files):
+    if path not in DEMO_NAMES and all(file.is_file() and not file.stat().st_size for file in files):
         raise ConfigError(f"{option}={path} is empty: {len(files)} files without a byte")
 
 
@@ -93,6 +95,12 @@ def _choose_files(path: str | None, config: DataConfig, option: str) -> tuple[st
     """The format's name, and the files or folders of it."""
     if not path:
         raise ConfigError(f"{option} is not set; it takes a file, a folder or a glob of files")
+    if path in DEMO_NAMES:
+        if config.format not in ("auto", "demo"):
+            raise ConfigError(f"data.format={config.format} is not allowed with {option}={path}: auto or demo")
+        return "demo", [Path(path)]
+    if config.format == "demo":
+        raise ConfigError(f"{option}={path} is not allowed with data.format=demo: {' or '.join(DEMO_NAMES)}")
     found = _find(path, option)
     format_name = _choose_format(found, f"{option}={path}") if config.format == "auto" else config.format
     folders = format_name == "datasets"

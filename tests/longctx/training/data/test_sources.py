@@ -57,7 +57,33 @@ WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet, "text": write_text, "
 
 
 def test_every_format_is_tested_and_can_be_configured() -> None:
-    assert set(WRITERS) == set(SOURCES) == set(FORMATS) - {"auto"}
+    assert {*WRITERS, "demo"} == set(SOURCES) == set(FORMATS) - {"auto"}
+
+
+def test_demo_rows_are_generated() -> None:
+    """The same number, the same row; facts are asked for whose answer the document holds; held-out ones differ."""
+    config = DataConfig(demo_tokens=400)
+    rows, again, other = (open_source(name, config) for name in ("demo", "demo", "demo-held-out"))
+    read = [rows.read(row_idx) for row_idx in range(100)]
+    assert read == [again.read(row_idx) for row_idx in range(100)]
+    assert all(other.read(row_idx) != row for row_idx, row in enumerate(read))
+    texts = [row["text"] for row in read if "text" in row]
+    completions = [row for row in read if "prompt" in row]
+    chats = [row["messages"] for row in read if "messages" in row]
+    assert 25 < len(texts) < 55 and len(completions) > 10 and len(chats) > 20
+    assert all(row["completion"].strip(" .") in row["prompt"] for row in completions)
+    for chat in chats:
+        answers = [message["content"] for message in chat if message["role"] == "assistant"]
+        assert all(answer.removesuffix(".").split(" is ")[-1] in chat[0]["content"] for answer in answers)
+    lengths = [sum(len(str(part)) for part in row.values()) for row in read]
+    assert 300 < sum(lengths) / len(lengths) < 550
+    assert rows.place(7) == "demo#7"
+
+
+@pytest.mark.parametrize(("path", "chosen"), [("demo", "jsonl"), ("rows.jsonl", "demo")])
+def test_demo_rows_have_a_name_and_a_format_of_their_own(path: str, chosen: str) -> None:
+    with pytest.raises(ConfigError, match="is not allowed with"):
+        open_source(path, DataConfig(format=chosen))
 
 
 @pytest.mark.parametrize("format_name", WRITERS)

@@ -1,0 +1,71 @@
+"""Rows that nobody has to fetch: ``data.path=demo``, what the shipped models are trained on.
+
+Running text of the Python standard library, and documents of it that hide facts which are asked for, as a chat or as
+running text (``longctx/models/demo_data.py``). A row is a function of its number. ``demo-held-out`` has the files that
+``demo`` leaves out.
+"""
+
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from longctx.models import demo_data
+from longctx.training.data.config import DataConfig
+from longctx.training.data.sources import DEMO_NAMES
+
+NUM_ROWS = 1 << 20
+_CHAT_SHARE = 0.6  # of rows with facts
+_ONE_FACT_SHARE = 0.4
+_MAX_FACTS = 4
+_FACT_CHARACTERS = 110  # of a fact, its question and its answer
+_FRAME_CHARACTERS = 60  # of a chat's marks
+
+
+class DemoRows:
+    """Generated rows.
+
+    Args:
+        files: one of ``DEMO_NAMES``.
+        config: how long rows are, how many hide facts, and the keys that they have their parts under.
+    """
+
+    def __init__(self, files: list[Path], config: DataConfig) -> None:
+        self._name, self._config = files[0].name, config
+        self._corpus = _load_corpora()[DEMO_NAMES.index(self._name)]
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def place(self, row_idx: int) -> str:
+        return f"{self._name}#{row_idx}"
+
+    def read(self, row_idx: int) -> dict[str, Any]:
+        config, rng = self._config, random.Random(f"{self._name} {row_idx}")
+        if rng.random() >= config.demo_recall:
+            return {config.text_key: self._corpus.draw_lines(rng, config.demo_tokens)}
+        num_facts = 1 if rng.random() < _ONE_FACT_SHARE else rng.randint(2, _MAX_FACTS)
+        facts = demo_data.make_facts(rng, num_facts)
+        room = config.demo_tokens - _FACT_CHARACTERS * len(facts) - _FRAME_CHARACTERS
+        text = self._corpus.draw_lines(rng, max(20, room))
+        spans = demo_data.hide(text, facts, [rng.random() for _ in facts], rng)
+        document = "".join(span.text for span in spans)
+        asked = rng.sample(facts, len(facts))
+        if rng.random() < _CHAT_SHARE:
+            return {config.messages_key: _make_chat(document, asked)}
+        question = f"{asked[0].question} " if rng.random() < 0.8 else ""
+        prompt = f"{document}\n\n{question}{asked[0].lead}"
+        return {config.prompt_key: prompt, config.completion_key: f" {asked[0].value}."}
+
+
+def _make_chat(document: str, asked: list[demo_data.Fact]) -> list[dict[str, str]]:
+    messages = []
+    for turn, fact in enumerate(asked):
+        question = fact.question if turn else f"{document}\n\n{fact.question}"
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": fact.answer}]
+    return messages
+
+
+@lru_cache(maxsize=1)
+def _load_corpora() -> tuple[demo_data.Corpus, demo_data.Corpus]:
+    return demo_data.load_corpora()
