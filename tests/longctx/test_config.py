@@ -198,7 +198,7 @@ def test_an_experiment_sets_keys_of_several_groups(tmp_path):
     )
     config = compose_train("experiment=mine", config_dir=tmp_path)
     assert (config.output, config.model.path, config.optimizer.schedule) == ("there", "/my", "wsd")
-    with pytest.raises(ConfigError, match=r"experiment=min is not allowed; allowed .*: context_extension, mine, "):
+    with pytest.raises(ConfigError, match=r"experiment=min is not allowed; allowed .*: .*context_extension, .*mine, "):
         compose_train("experiment=min", config_dir=tmp_path)
     mine.write_text("model:\n  path: /my\n")
     with pytest.raises(ConfigError, match="begins with # @package _global_"):
