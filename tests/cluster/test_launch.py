@@ -114,7 +114,7 @@ def test_signals_to_all(tmp_path, whom, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay_s", [0.1, 0.4, 1.0, 2.0, 3.0, 4.5])
+@pytest.mark.parametrize("delay_s", [0.3, 1.5, 4.0])
 def test_interrupted_at_any_moment(tmp_path, delay_s):
     """While Ray is imported, while it connects, and while the endpoint is deployed on a thread of its own."""
     with launch(tmp_path) as server:

@@ -133,7 +133,7 @@ def test_any_sharding_goes_on_from_any_other(tmp_path, dtype, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [1, 3])
 def test_bfloat16_goes_on_exactly(tmp_path, stage):
     """On as many ranks as before the roundings are the same, too."""
     settings = ("model.dtype=bfloat16", "parallel.sp_degree=2", f"deepspeed.zero_stage={stage}")
