@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
+from longctx.attention.cca_paged import CoreAttention
 from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
@@ -128,19 +129,23 @@ class LLM:
             on_progress: called with (tokens computed, tokens) after each chunk.
 
         Raises:
-            RequestError: the text is too short or too long, or holds an id that the model does not know.
+            RequestError: the text is too short or too long, or holds an id that the model does not know; or the model
+                runs with CCA attention.
             QueueFullError: other threads' requests hold the pages.
         """
         token_ids = self._encode(prompt)
         if len(token_ids) < 2:
             raise RequestError(f"{len(token_ids)} tokens cannot be scored; give at least two", param="prompt")
         engine, last = self.engine, token_ids[-1]
+        if isinstance(engine.decoder.backend, CoreAttention):
+            raise RequestError("a text cannot be scored with CCA attention; attention=dense, or another model")
         ids = engine.check(_make_request(token_ids[:-1], SamplingParams()))
         engine.check(_make_request((last,), SamplingParams()))  # it is never computed, so the context need not hold it
         with self._lock:
             scored = score_tokens(
                 engine.decoder,
                 engine.cache,
+                engine.local_pool,
                 np.append(ids, last),
                 chunk_size=engine.config.max_batch_tokens,
                 on_chunk=None if on_progress is None else lambda done: on_progress(done, len(ids)),

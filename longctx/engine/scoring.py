@@ -25,6 +25,7 @@ SLICE_BYTES = 64 * 2**20  # of float32 logits at one time
 def score_tokens(
     decoder: PackedDecoder,
     cache: PrefixCache,
+    pool: PagePool,
     token_ids: Int64Array,
     *,
     chunk_size: int,
@@ -34,7 +35,8 @@ def score_tokens(
 
     Args:
         decoder: the model.
-        cache: over a pool in this process; pages come from it and go back to it.
+        cache: pages come from it and go back to it.
+        pool: the part of them that is near the compute.
         token_ids: int64 ``[N]``, at least two.
         chunk_size: tokens computed at one time, rounded down to pages.
         on_chunk: called with the number of tokens computed after each chunk.
@@ -45,10 +47,8 @@ def score_tokens(
     Raises:
         QueueFullError: if the pool has no room now.
     """
-    pool = cache.pool
-    assert isinstance(pool, PagePool)
     page_size, num_inputs = pool.layout.page_size, len(token_ids) - 1  # nothing is asked of the last token
-    pages = pool.allocate(pool.layout.num_pages(num_inputs))
+    pages = cache.pool.allocate(pool.layout.num_pages(num_inputs))
     if pages is None:
         raise QueueFullError(f"{num_inputs} tokens to score find no free pages: others hold them")
     step = max(page_size, chunk_size - chunk_size % page_size)

@@ -10,6 +10,7 @@ from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.errors import ConfigError, RequestError
+from longctx.llm import LLM
 from longctx.models.config import ModelConfig
 from memory.tiered_pages import MIN_CACHE
 from tests.longctx.engines import GREEDY, collect, make_request, run
@@ -223,6 +224,23 @@ def test_the_landmark_is_never_generated_nor_taken_from_a_prompt(folders):
     assert all((logits[:, LANDMARK] == float("-inf")).all() for logits in steps)
     with pytest.raises(RequestError, match="prompt token id 258 at position 2 is not allowed: it is the landmark"):
         engine.add(make_request("bad", [1, 2, LANDMARK]))
+
+
+@pytest.mark.parametrize("blocks", ["near", "file"])
+def test_a_text_is_scored_with_landmarks(folders, blocks):
+    text = make_prompt(11, 5 * BLOCK + 7)
+    model, engine = (
+        ModelConfig(path=str(folders["llama"]), device="cpu"),
+        EngineConfig(num_threads=1, kv_bytes="4MiB", max_batch_tokens=32, max_sequences=4),
+    )
+    attention = AttentionConfig(top_k=TOP_K, blocks=blocks, blocks_bytes="4MiB" if blocks == "file" else "auto")
+    with LLM(model_config=model, engine_config=engine, attention_config=attention) as llm:
+        scores = torch.tensor(llm.score(text), dtype=torch.float64)
+        assert llm.engine.stats().num_pages_used == 0
+    logits = reference_logits(folders["llama"], text)
+    logits[:, LANDMARK] = float("-inf")
+    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+    assert (scores - expected).abs().max() < 1e-3
 
 
 def test_refusals(folders, tmp_path):
