@@ -11,6 +11,7 @@ from typing import Any
 from longctx.cli.stop_signals import ask_on_signals
 from longctx.errors import ConfigError, LongctxError
 from longctx.training.config import TrainConfig
+from longctx.training.data.sources import DEMO_NAMES
 from longctx.training.gang import StoppedError
 from longctx.training.output_lock import lock_output
 from longctx.training.preflight import check_config, check_cores, check_files
@@ -123,7 +124,7 @@ def _run(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _absolute(path: str | None) -> str | None:
-    return path and os.path.abspath(path)
+    return path if not path or path in DEMO_NAMES else os.path.abspath(path)
 
 
 def _show(value: Any) -> str:
