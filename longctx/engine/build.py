@@ -1,15 +1,11 @@
 """From the ``model`` and ``engine`` groups of the configuration to an engine."""
 
-import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
-import psutil
 import torch
 
 from longctx.adapters.folder import choose_adapter
@@ -21,6 +17,7 @@ from longctx.engine.config import EngineConfig
 from longctx.engine.core_method import count_context_pages
 from longctx.engine.engine import Engine
 from longctx.engine.landmark_build import choose_for_blocks, make_near_runner, make_tiers, take_landmarks
+from longctx.engine.page_budget import count_cores, count_pages
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
@@ -37,17 +34,12 @@ from memory.pages import DTYPES, PagePool
 from memory.sharded_pages import ShardedPages
 from memory.tiered_pages import TieredPages
 from parallel.gloo_group import GlooGroup
-from parallel.option import parse_budget
 
 logger = logging.getLogger(__name__)
 
 MakePool = Callable[[KVLayout, int], PagePool]
 
-CPU_MEMORY_SHARE = 0.3  # of what is available; several workers may share the machine
-GPU_MEMORY_SHARE = 0.8  # of what is free after the weights; the rest is for activations and graphs
 DEFAULT_PAGE_SIZE = 16  # for attention that takes any
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-CGROUP_USAGE = Path("/sys/fs/cgroup/memory.current")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +172,7 @@ def _load(
         page_size = _choose_page_size(engine_config.page_size, backend)
     num_sharing = 1 if shards is None else _count_on_node(shards)
     if device.type == "cpu":
-        torch.set_num_threads(engine_config.num_threads or max(1, _count_cores() // num_sharing))
+        torch.set_num_threads(engine_config.num_threads or max(1, count_cores() // num_sharing))
     loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed, adapter=adapter)
     if isinstance(method, CCASpec):
         backend = CoreAttention(backend, loaded.rotary, method)
@@ -194,8 +186,14 @@ def _load(
     context_pages = layout.num_pages(max_context)
     if isinstance(method, CCASpec):
         context_pages = count_context_pages(method, engine_config, page_size, max_context)
-    num_pages = _count_pages(
-        engine_config, layout, device, context_pages=context_pages, world_size=world_size, num_sharing=num_sharing
+    num_pages = count_pages(
+        engine_config,
+        layout,
+        device,
+        context_pages=context_pages,
+        is_wanted=model_config.max_context is not None or not isinstance(method, LandmarkSpec),
+        world_size=world_size,
+        num_sharing=num_sharing,
     )
     if shards is not None:
         num_pages = _agree_on_pages(shards, layout, num_pages)
@@ -268,63 +266,3 @@ def _choose_page_size(page_size: int | None, backend: AttentionBackend) -> int:
         sizes = ", ".join(str(size) for size in sorted(backend.page_sizes))
         raise ConfigError(f"engine.page_size={page_size} is not allowed: attention {backend.name} takes {sizes}")
     return page_size
-
-
-def _count_pages(
-    config: EngineConfig,
-    layout: KVLayout,
-    device: torch.device,
-    *,
-    context_pages: int,
-    world_size: int,
-    num_sharing: int,
-) -> int:
-    """Pages within this rank's KV budget, and never more than its share of ``max_sequences`` full contexts.
-
-    A full context needs ``context_pages``; ``num_sharing`` ranks are on this machine.
-    """
-    budget = parse_budget(config.kv_bytes)
-    is_auto = budget is None
-    if budget is None:
-        share = CPU_MEMORY_SHARE / num_sharing if device.type == "cpu" else GPU_MEMORY_SHARE
-        budget = _available_bytes(device, share=share)
-    elif device.type == "cpu" and budget > _available_bytes(device, share=1.0):
-        raise ConfigError(
-            f"engine.kv_bytes={config.kv_bytes} is not allowed: "
-            f"{_available_bytes(device, share=1.0) / 2**30:.1f} GiB of memory are available"
-        )
-    num_pages = budget // layout.page_bytes
-    if num_pages < 1:
-        raise ConfigError(
-            f"engine.kv_bytes={config.kv_bytes!r} is not allowed: {budget} bytes do not hold one page of "
-            f"{layout.page_bytes} bytes ({layout.page_size} tokens, all layers)"
-        )
-    if is_auto:
-        num_pages = min(num_pages, -(-config.max_sequences * context_pages // world_size))
-    if num_pages * world_size < context_pages:
-        logger.warning(
-            "engine.kv_bytes=%s holds %d pages of %d tokens; the model's context needs %d and is cut to what they hold",
-            config.kv_bytes,
-            num_pages * world_size,
-            layout.page_size,
-            context_pages,
-        )
-    return num_pages
-
-
-def _count_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _available_bytes(device: torch.device, *, share: float) -> int:
-    """``share`` of what is free now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * share)
-    available = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
-        # A container may have less than the machine.
-        available = min(available, int(CGROUP_LIMIT.read_text()) - int(CGROUP_USAGE.read_text()))
-    return int(max(available, 0) * share)
