@@ -16,7 +16,7 @@ from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.engine.engine import Engine
-from longctx.engine.scoring import score_tokens
+from longctx.engine.scoring import score_as_prompt, score_tokens
 from longctx.errors import LongctxError, QueueFullError, RequestError
 from longctx.messages import GenerationRequest, OutputDelta, SamplingParams
 from longctx.models.config import ModelConfig
@@ -129,27 +129,24 @@ class LLM:
             on_progress: called with (tokens computed, tokens) after each chunk.
 
         Raises:
-            RequestError: the text is too short or too long, or holds an id that the model does not know; or the model
-                runs with CCA attention.
-            QueueFullError: other threads' requests hold the pages.
+            RequestError: the text is too short or too long, or holds an id that the model does not know.
+            QueueFullError: other threads' requests hold the pages, or under CCA attention are being computed.
         """
         token_ids = self._encode(prompt)
         if len(token_ids) < 2:
             raise RequestError(f"{len(token_ids)} tokens cannot be scored; give at least two", param="prompt")
         engine, last = self.engine, token_ids[-1]
-        if isinstance(engine.decoder.backend, CoreAttention):
-            raise RequestError("a text cannot be scored with CCA attention; attention=dense, or another model")
         ids = engine.check(_make_request(token_ids[:-1], SamplingParams()))
         engine.check(_make_request((last,), SamplingParams()))  # it is never computed, so the context need not hold it
+        on_chunk = None if on_progress is None else lambda done: on_progress(done, len(ids))
         with self._lock:
-            scored = score_tokens(
-                engine.decoder,
-                engine.cache,
-                engine.local_pool,
-                np.append(ids, last),
-                chunk_size=engine.config.max_batch_tokens,
-                on_chunk=None if on_progress is None else lambda done: on_progress(done, len(ids)),
-            )
+            if isinstance(engine.decoder.backend, CoreAttention):
+                scored = score_as_prompt(engine, np.append(ids, last), on_chunk=on_chunk)
+            else:
+                size, pool = engine.config.max_batch_tokens, engine.local_pool
+                scored = score_tokens(
+                    engine.decoder, engine.cache, pool, np.append(ids, last), chunk_size=size, on_chunk=on_chunk
+                )
         return scored.tolist()
 
     def chat(

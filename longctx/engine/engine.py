@@ -239,6 +239,11 @@ class Engine:
         """The pages that lie in this process; those of other ranks are numbered in ``pool`` alone."""
         return self._runner.pool
 
+    @property
+    def runner(self) -> Runner:
+        """What computes the steps."""
+        return self._runner
+
     def keep_alive(self) -> None:
         """Called now and then while there is nothing to compute."""
         self._runner.keep_alive()

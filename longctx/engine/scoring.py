@@ -2,18 +2,24 @@
 
 The text is computed as a prompt is, in chunks over pages of the pool, except that every row of a chunk reaches the
 output matrix. Logits are made in slices of rows: ``[tokens, vocab_size]`` never exists as a whole. The pages are the
-scorer's own, neither shared with the prefix cache nor known to the scheduler, and are free again afterwards.
+scorer's own, neither shared with the prefix cache nor known to the scheduler, and are free again afterwards. Where
+pages follow a window (CCA), the scheduler has to know: the text is then the prompt of a request, alone in the engine.
 
 Shape legend: T tokens of a chunk, C hidden size, S rows of a slice, V vocabulary.
 """
 
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from longctx.attention.batch import PackedBatch
+from longctx.engine.engine import Engine
+from longctx.engine.runner import ModelRunner
 from longctx.engine.sequence import Int64Array
 from longctx.errors import QueueFullError
+from longctx.messages import GenerationRequest, SamplingParams
 from longctx.models.packed import PackedDecoder
 from memory.pages import PagePool
 from memory.prefix_cache import PrefixCache
@@ -65,6 +71,53 @@ def score_tokens(
     finally:
         cache.release(pages)
     return torch.cat(scored)
+
+
+@torch.inference_mode()
+def score_as_prompt(
+    engine: Engine, token_ids: Int64Array, *, on_chunk: Callable[[int], None] | None = None
+) -> torch.Tensor:
+    """As ``score_tokens``, for any attention method.
+
+    Raises:
+        QueueFullError: if the engine is computing for others.
+    """
+    if engine.has_work:
+        raise QueueFullError("a text is scored alone under this attention: others are computed")
+    runner = engine.runner
+    assert isinstance(runner, ModelRunner)
+    ids = torch.from_numpy(token_ids).to(engine.decoder.device)
+    watched = _WatchedDecoder(engine.decoder, ids)
+    request = GenerationRequest(uuid.uuid4().hex, tuple(token_ids[:-1].tolist()), SamplingParams(max_tokens=1))
+    engine.add(request)
+    decoder, runner.decoder = runner.decoder, watched
+    try:
+        while engine.has_work:
+            engine.step()
+            if on_chunk is not None:
+                on_chunk(watched.num_tokens)
+    finally:
+        runner.decoder = decoder
+        engine.cancel(request.request_id)
+    return torch.cat(watched.scored)
+
+
+class _WatchedDecoder:
+    """A decoder that notes how likely the text's tokens are, of a batch that is a chunk of the text."""
+
+    def __init__(self, decoder: PackedDecoder, ids: torch.Tensor) -> None:
+        self._decoder, self._ids = decoder, ids
+        self.scored: list[torch.Tensor] = []
+        self.num_tokens = 0
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Logits as asked for."""
+        positions_T, wanted_R = batch.positions_T.clone(), batch.logit_rows_R.clone()
+        rows_T = torch.arange(len(positions_T), device=positions_T.device)
+        hidden_TC = self._decoder.hidden(replace(batch, logit_rows_R=rows_T))
+        self.scored.append(_score_rows(self._decoder, hidden_TC, self._ids[positions_T + 1]))
+        self.num_tokens += len(positions_T)
+        return self._decoder.logits(hidden_TC[wanted_R])
 
 
 def _lay_out(pool: PagePool, ids: torch.Tensor, table: torch.Tensor, *, start: int, stop: int) -> PackedBatch:

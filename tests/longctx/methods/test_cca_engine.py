@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from longctx.attention.config import AttentionConfig
-from longctx.errors import RequestError
+from longctx.engine.config import EngineConfig
+from longctx.errors import QueueFullError, RequestError
+from longctx.llm import LLM
 from longctx.messages import AttentionOptions, SamplingParams
 from longctx.models.attention_spec import CCASpec
+from longctx.models.config import ModelConfig
 from tests.longctx.engines import check_pages, make_engine, make_request, run
 from tests.longctx.methods.cca_model import CCAModel
 from tests.tiny_checkpoints import make_checkpoint
@@ -237,3 +240,20 @@ def test_windows_smaller_than_groups_are_refused(folder, sizes):
 def test_requests_to_dense_engines_take_no_sizes(folder):
     with pytest.raises(RequestError, match="attention is not allowed"):
         make_engine(folder).check(make_request("r", [1], with_sizes(4, 8)))
+
+
+def test_a_text_is_scored(folder, model):
+    """Alone in the engine, in chunks that split groups; what is computed for others is not disturbed."""
+    text = make_prompt(150)
+    config = EngineConfig(num_threads=1, kv_bytes="4MiB", **SMALL)
+    method = AttentionConfig(name="cca", group_size=SPEC.group_size, window=SPEC.window)
+    with LLM(model_config=ModelConfig(path=str(folder)), engine_config=config, attention_config=method) as llm:
+        progress = []
+        scores = torch.tensor(llm.score(text, on_progress=lambda done, total: progress.append((done, total))))
+        assert llm.engine.stats().num_pages_used == 0
+        llm.engine.add(make_request("other", make_prompt(40)))
+        with pytest.raises(QueueFullError, match="scored alone"):
+            llm.score(text)
+    wanted = model.logits(text, SPEC)[:-1].log_softmax(-1).gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+    torch.testing.assert_close(scores, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    assert progress[-1] == (149, 149) and len(progress) > 3
