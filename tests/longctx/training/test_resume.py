@@ -115,9 +115,8 @@ SHARDINGS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
-def test_any_sharding_goes_on_from_any_other(tmp_path, dtype, tolerance):
-    dtype = f"model.dtype={dtype}"
+def test_any_sharding_goes_on_from_any_other(tmp_path):
+    dtype = "model.dtype=float32"
     whole = train_through(tmp_path / "whole", "deepspeed.zero_stage=1", dtype, "train.num_steps=20")
     output = tmp_path / "moved"
     for index, sharding in enumerate(SHARDINGS):
@@ -129,7 +128,7 @@ def test_any_sharding_goes_on_from_any_other(tmp_path, dtype, tolerance):
             run_until_lost(config)
         else:
             run_world(config)
-    assert read_losses(output) == pytest.approx(whole, rel=tolerance)
+    assert read_losses(output) == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.slow
