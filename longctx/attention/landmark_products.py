@@ -15,7 +15,8 @@ import torch
 
 from longctx.attention.landmark_blocks import Blocks
 
-TILE_SCORES = 1 << 24  # that exist at one time
+TILE_ROWS = 128  # queries of a tile: more would leave the caches, and causal work undone is saved
+TILE_SCORES = 1 << 24  # that exist at one time, at most
 
 
 class LandmarkProducts:
@@ -93,7 +94,7 @@ class LandmarkProducts:
         """Rows, and the blocks that some of them see."""
         num_heads = self._q_KGSD.shape[0] * self._q_KGSD.shape[1]
         width = len(self._is_normal_MP) * self._blocks.size * num_heads
-        num_rows = max(1, min(self._num, TILE_SCORES // width))
+        num_rows = max(1, min(TILE_ROWS, TILE_SCORES // width))
         for start in range(0, self._num, num_rows):
             stop = min(start + num_rows, self._num)
             yield slice(start, stop), slice(self._firsts[start], self._lasts[stop - 1] + 1)

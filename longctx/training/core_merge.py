@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-TILE_SCORES = 1 << 24  # that exist at one time
+TILE_ROWS = 128  # queries of a tile: more would leave the caches, and causal work undone is saved
+TILE_SCORES = 1 << 24  # that exist at one time, at most
 
 
 class MergeCores(torch.autograd.Function):
@@ -100,7 +101,7 @@ def _tiles(
     """Those that see any core; products are in the dtype of the log-sum-exp."""
     num_heads, dtype = q_SHD.shape[1], lse_SH.dtype
     firsts, counts = first_S.tolist(), num_S.tolist()
-    num_rows = max(1, TILE_SCORES // (num_heads * max(1, len(core_k_NKD))))
+    num_rows = max(1, min(TILE_ROWS, TILE_SCORES // (num_heads * max(1, len(core_k_NKD)))))
     for start in range(0, len(firsts), num_rows):
         stop = min(start + num_rows, len(firsts))
         seeing = [row for row in range(start, stop) if counts[row]]

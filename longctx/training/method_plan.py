@@ -10,7 +10,7 @@ from itertools import pairwise
 from longctx.models.checkpoint import ModelSpec
 from longctx.training.config import TrainAttentionConfig, TrainConfig
 
-TILE_SCORES = 1 << 24  # of longctx/attention/landmark_products.py and longctx/training/core_merge.py
+TILE_ROWS, TILE_SCORES = 128, 1 << 24  # of longctx/attention/landmark_products.py and longctx/training/core_merge.py
 _LANDMARK_TILES, _CORE_TILES = 6, 5  # tensors of a tile's scores that exist at one time in a backward, at most
 _PRODUCTS = 1 + 2  # forward and backward, of a score or a value
 _FLOAT = 4
@@ -51,13 +51,13 @@ def count_method_memory(spec: ModelSpec, config: TrainConfig, num_local: int, *,
         if is_alone_on_gpu:  # K and V in padded blocks, and their gradients
             size = max(16, 1 << attention.block_size.bit_length())
             return 2 * length * size // (attention.block_size + 1) * kv
-        return whole + _LANDMARK_TILES * _FLOAT * min(TILE_SCORES, num_local * length * spec.num_heads)
+        return whole + _LANDMARK_TILES * _FLOAT * min(TILE_SCORES, min(TILE_ROWS, num_local) * length * spec.num_heads)
     if attention.name == "cca":
         assert attention.group_size
         num_cores = length // attention.group_size
         cores = 4 * num_cores * kv  # and their gradients, rounded and not
         pooling = num_local * (2 * spec.num_heads * spec.head_dim * _FLOAT + 2 * kv)  # a token's query, K, V; gradients
-        tile = 0 if is_alone_on_gpu else min(TILE_SCORES, num_local * num_cores * spec.num_heads)
+        tile = 0 if is_alone_on_gpu else min(TILE_SCORES, min(TILE_ROWS, num_local) * num_cores * spec.num_heads)
         return cores + pooling + _CORE_TILES * _FLOAT * tile
     return 0
 
