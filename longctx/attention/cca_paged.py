@@ -15,6 +15,7 @@ from longctx.attention.backend import AttentionBackend, HeadNorm, rotate
 from longctx.attention.batch import AttentionShape, PackedBatch
 from longctx.attention.cca import place_cores, weigh_groups
 from longctx.attention.core_batch import EndingGroups
+from longctx.attention.outer import OuterAttention
 from longctx.models.attention_spec import CCASpec
 from longctx.models.rope import RotaryTable
 from memory.page_rows import read_rows, write_rows
@@ -22,7 +23,7 @@ from memory.pages import PagePool
 from parallel.merge import merge_partial_
 
 
-class CoreAttention(AttentionBackend):
+class CoreAttention(OuterAttention):
     """CCA on top of any implementation; sizes of groups and windows come with each batch.
 
     Args:
@@ -32,45 +33,27 @@ class CoreAttention(AttentionBackend):
     """
 
     def __init__(self, base: AttentionBackend, rotary: RotaryTable, spec: CCASpec) -> None:
-        self.name, self.kv_order, self.page_sizes = f"cca/{base.name}", base.kv_order, base.page_sizes
-        self._base, self._rotary, self._spec = base, rotary, spec
-
-    @classmethod
-    def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None
+        super().__init__(base, f"cca/{base.name}")
+        self._rotary, self._spec = rotary, spec
 
     def prepare(
         self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
     ) -> torch.Tensor:
         """As the base class says, and makes the cores of the groups that end."""
-        q_THD = self._base.prepare(qkv_TC, norm, shape, batch)
+        q_THD = self.inner.prepare(qkv_TC, norm, shape, batch)
         assert batch.cores is not None
         for groups in batch.cores.ending:
             self._pool(q_THD, groups, shape, batch.pool)
         return q_THD
 
-    def store(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> None:
-        self._base.store(k_TKD, v_TKD, shape, batch)
-
     def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
         assert batch.cores is not None
-        out_THD, lse_TH = self._base.attend_ranges(q_THD, shape, batch.cores.near, batch.pool)
+        out_THD, lse_TH = self.inner.attend_ranges(q_THD, shape, batch.cores.near, batch.pool)
         if batch.cores.far is not None:
             near = out_THD, lse_TH
-            out_THD, lse_TH = self._base.attend_ranges(q_THD, shape, batch.cores.far, batch.pool)
+            out_THD, lse_TH = self.inner.attend_ranges(q_THD, shape, batch.cores.far, batch.pool)
             merge_partial_(out_THD, lse_TH, *near)
         return out_THD.to(q_THD.dtype).flatten(1)
-
-    def rms_norm(self, x_TC: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._base.rms_norm(x_TC, weight, eps)
-
-    def add_rms_norm(
-        self, x_TC: torch.Tensor, addend_TC: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        return self._base.add_rms_norm(x_TC, addend_TC, weight, eps)
-
-    def silu_mul(self, gate_up_TC: torch.Tensor) -> torch.Tensor:
-        return self._base.silu_mul(gate_up_TC)
 
     def _pool(self, q_THD: torch.Tensor, groups: EndingGroups, shape: AttentionShape, pool: PagePool) -> None:
         """Write the cores of some groups, whose tokens are stored."""

@@ -20,13 +20,14 @@ from longctx.attention.backend import AttentionBackend, HeadNorm, rms_norm, rota
 from longctx.attention.batch import AttentionShape, HeadPages, PackedBatch
 from longctx.attention.landmark_batch import LandmarkRows, RowGroup, insert_landmarks
 from longctx.attention.landmark_retrieval import Choice, Retrieval, choose_blocks
+from longctx.attention.outer import OuterAttention
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.rope import RotaryTable
 from memory.landmark_keys import LandmarkKeys
 from memory.tiered_pages import TieredPages
 
 
-class LandmarkAttention(AttentionBackend):
+class LandmarkAttention(OuterAttention):
     """Landmark attention, of a model that was trained with it.
 
     Args:
@@ -51,10 +52,10 @@ class LandmarkAttention(AttentionBackend):
         tiers: TieredPages | None = None,
     ) -> None:
         block_size = spec.block_size
-        self.inner, self._keys, self._spec, self._block_size = inner, keys, spec, block_size
+        super().__init__(inner, f"landmark/{inner.name}")
+        self._keys, self._spec, self._block_size = keys, spec, block_size
         self._retrieval, self._skip_below, self._tiers = retrieval, skip_below, tiers
-        self.name, self.kv_order = f"landmark ({inner.name})", inner.kv_order
-        self.page_sizes, self.max_group = (block_size,), inner.max_group
+        self.page_sizes = (block_size,)
         distance = torch.arange(retrieval.top_k + 2, device=rotary.device) * (block_size + 1)
         rotary.reserve(int(distance[-1]) + 1)
         lengths = None if rotary.length_threshold is None else torch.ones_like(distance)
@@ -62,10 +63,6 @@ class LandmarkAttention(AttentionBackend):
         self._cos_SD, self._sin_SD = (x / rotary.attention_scaling for x in (cos_SD, sin_SD))  # it is in q already
 
     depends_on_length = False
-
-    @classmethod
-    def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None
 
     def lay_out(self, batch: PackedBatch) -> PackedBatch:
         """Put landmarks in; with tiers, tokens go to the frames of the pages that they fill."""
@@ -80,9 +77,6 @@ class LandmarkAttention(AttentionBackend):
         table = self._tiers.staged(batch.block_tables_BP[:, : rows.num_blocks].cpu().long()).clamp_min(0)
         rows.own.block_tables_BP = table.int().to(device)  # of own blocks, which are being filled
         return replace(batch, slots_T=torch.where(is_text, frames * size + slots % size, -1).to(device))
-
-    def store(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> None:
-        raise AssertionError("prepare stores")
 
     def prepare(
         self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
@@ -102,17 +96,6 @@ class LandmarkAttention(AttentionBackend):
             choice = self._choose(q_TKGD, shape, batch)
             own_THD = self._see_blocks(q_TKGD, own_THD, own_TH, choice, shape, batch)
         return own_THD.to(q_THD.dtype).flatten(1)
-
-    def rms_norm(self, x_TC: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self.inner.rms_norm(x_TC, weight, eps)
-
-    def add_rms_norm(
-        self, x_TC: torch.Tensor, addend_TC: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        return self.inner.add_rms_norm(x_TC, addend_TC, weight, eps)
-
-    def silu_mul(self, gate_up_TC: torch.Tensor) -> torch.Tensor:
-        return self.inner.silu_mul(gate_up_TC)
 
     def _store_landmarks(
         self, qkv_LC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch

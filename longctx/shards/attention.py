@@ -13,6 +13,7 @@ import torch
 
 from longctx.attention.backend import AttentionBackend, HeadNorm
 from longctx.attention.batch import AttentionShape, PackedBatch
+from longctx.attention.outer import OuterAttention
 from longctx.shards.plans import RankPlan, StepPlans
 from memory.page_rows import read_rows, write_rows
 from memory.pages import PagePool
@@ -30,7 +31,7 @@ class ShardBatch(PackedBatch):
     plans: StepPlans | None = None
 
 
-class ShardedAttention(AttentionBackend):
+class ShardedAttention(OuterAttention):
     """An attention implementation whose sequences lie on several ranks.
 
     Args:
@@ -40,19 +41,14 @@ class ShardedAttention(AttentionBackend):
     """
 
     def __init__(self, local: AttentionBackend, carrier: Carrier, *, timeout_s: float) -> None:
-        self.name, self.kv_order, self.page_sizes = local.name, local.kv_order, local.page_sizes
-        self.local = local
+        super().__init__(local, local.name)
         self._carrier, self._timeout_s = carrier, timeout_s
         self._scratch: _Scratch | None = None
-
-    @classmethod
-    def unsupported(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None
 
     def forward(
         self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
     ) -> torch.Tensor:
-        q_THD = self.local.prepare(qkv_TC, norm, shape, batch)
+        q_THD = self.inner.prepare(qkv_TC, norm, shape, batch)
         return self.exchange(q_THD, shape, batch)
 
     def exchange(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
@@ -72,27 +68,13 @@ class ShardedAttention(AttentionBackend):
             self._scratch = _Scratch(batch.pool)
         scratch = self._scratch
         run = _PagedForward(
-            plan, self._carrier, q_THD, keys, local=self.local, shape=shape, pool=batch.pool, scratch=scratch
+            plan, self._carrier, q_THD, keys, local=self.inner, shape=shape, pool=batch.pool, scratch=scratch
         )
         drive(run.run(), self._carrier.rank, self._timeout_s)
         return run.out[0].to(q_THD.dtype).flatten(1)
 
-    def store(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> None:
-        self.local.store(k_TKD, v_TKD, shape, batch)
-
     def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
         return self.exchange(q_THD, shape, batch)
-
-    def rms_norm(self, x_TC: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self.local.rms_norm(x_TC, weight, eps)
-
-    def add_rms_norm(
-        self, x_TC: torch.Tensor, addend_TC: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        return self.local.add_rms_norm(x_TC, addend_TC, weight, eps)
-
-    def silu_mul(self, gate_up_TC: torch.Tensor) -> torch.Tensor:
-        return self.local.silu_mul(gate_up_TC)
 
 
 class _PagedForward(ForwardExchange):

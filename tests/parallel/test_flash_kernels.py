@@ -86,7 +86,7 @@ def kernel(request, monkeypatch):
 
 @pytest.mark.parametrize("plan", list(PLANS))
 def test_calls_mean_dense_attention(kernel, plan):
-    for cell in CELLS[::3]:
+    for cell in CELLS[list(PLANS).index(plan) % 3 :: 3]:
         inputs, out, lse, gradients = reference_of(cell)
         layout = LAYOUT.get(cell.mask_name, "zigzag")
         result = run_virtual_ranks(inputs, cell.mask, plan, world_size=3, layout=layout, kernel=kernel)
