@@ -33,6 +33,7 @@ class CorePages:
     cores: list[int] = field(default_factory=list)  # pages of cores, in order
     spare: list[int] = field(default_factory=list)  # empty ones, for the tokens of the next chunk
     num_passed: int = 0  # pages of tokens before the first that is held: they are free again
+    kept: list[int] = field(default_factory=list)  # their copies below, in order, and places of coming ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from longctx.attention.backend import AttentionBackend, HeadNorm, rotate
 from longctx.attention.batch import AttentionShape, PackedBatch
 from longctx.attention.cca import place_cores, weigh_groups
 from longctx.attention.core_batch import EndingGroups
+from longctx.attention.core_fetch import CoreFetch
 from longctx.attention.outer import OuterAttention
 from longctx.models.attention_spec import CCASpec
 from longctx.models.rope import RotaryTable
@@ -30,11 +31,14 @@ class CoreAttention(OuterAttention):
         base: stores and attends.
         rotary: the model's, whose angles depend on positions alone.
         spec: how cores are pooled and placed.
+        fetch: of groups whose cores score highest; None: no token is seen again once it has left the window.
     """
 
-    def __init__(self, base: AttentionBackend, rotary: RotaryTable, spec: CCASpec) -> None:
+    def __init__(
+        self, base: AttentionBackend, rotary: RotaryTable, spec: CCASpec, *, fetch: CoreFetch | None = None
+    ) -> None:
         super().__init__(base, f"cca/{base.name}")
-        self._rotary, self._spec = rotary, spec
+        self._rotary, self._spec, self._fetch = rotary, spec, fetch
 
     def prepare(
         self, qkv_TC: torch.Tensor, norm: HeadNorm | None, shape: AttentionShape, batch: PackedBatch
@@ -49,7 +53,9 @@ class CoreAttention(OuterAttention):
     def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
         assert batch.cores is not None
         out_THD, lse_TH = self.inner.attend_ranges(q_THD, shape, batch.cores.near, batch.pool)
-        if batch.cores.far is not None:
+        if self._fetch is not None:
+            self._fetch.merge_(out_THD, lse_TH, q_THD, shape, batch)
+        elif batch.cores.far is not None:
             near = out_THD, lse_TH
             out_THD, lse_TH = self.inner.attend_ranges(q_THD, shape, batch.cores.far, batch.pool)
             merge_partial_(out_THD, lse_TH, *near)

@@ -13,8 +13,9 @@ logger = logging.getLogger(__name__)
 METHODS = ("auto", "dense", "landmark", "cca")
 GRANULARITIES = ("head_token", "token", "head")
 DEFAULT_CCA = CCASpec(group_size=16, window=1024)  # of a checkpoint that was not trained with it: the paper's at 64K
-CORE_OPTIONS = ("group_size", "window")
-LANDMARK_OPTIONS = ("top_k", "retrieval", "blocks", "blocks_bytes", "blocks_folder", "skip_below")
+CORE_OPTIONS = ("group_size", "window", "core_fetch")
+LANDMARK_OPTIONS = ("top_k", "retrieval", "skip_below")
+TIER_OPTIONS = ("blocks", "blocks_bytes", "blocks_folder")
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # RoPE types
 
 
@@ -31,7 +32,8 @@ class AttentionConfig:
     )
     blocks: str = option(
         "near",
-        "where blocks are: near (engine.kv_bytes), or below it, in host memory or a memory-mapped file (landmark)",
+        "where blocks are: near (engine.kv_bytes), or below it, in host memory or a memory-mapped file (landmark); "
+        "where groups are fetched from: host (also if near), file (cca with core_fetch)",
         choices=("near", "host", "file"),
     )
     blocks_bytes: str = option(
@@ -50,6 +52,17 @@ class AttentionConfig:
     window: int | None = option(
         None, "cca: tokens that each query sees as they are; null: as in training, or 1024", minimum=1
     )
+    core_fetch: int = option(
+        0,
+        "cca: groups that each head sees token by token, for each token those whose cores score highest; their tokens "
+        "are kept below",
+        minimum=0,
+    )
+
+    @property
+    def below(self) -> str:
+        """Where what is not near lies: host or file."""
+        return "file" if self.blocks == "file" else "host"
 
 
 def choose_method(config: AttentionConfig, spec: ModelSpec) -> AttentionSpec | None:
@@ -70,6 +83,8 @@ def choose_method(config: AttentionConfig, spec: ModelSpec) -> AttentionSpec | N
         _refuse_options(config, CORE_OPTIONS, "cca", name)
     if name != "landmark":
         _refuse_options(config, LANDMARK_OPTIONS, "landmark", name)
+    if name != "landmark" and not config.core_fetch:
+        _refuse_options(config, TIER_OPTIONS, "landmark, or cca with attention.core_fetch", name)
     return _choose_cca(config, spec) if name == "cca" else spec.attention if name == "landmark" else None
 
 

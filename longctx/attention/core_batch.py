@@ -1,6 +1,7 @@
 """What a batch under CCA attention says besides: which cores and tokens each query sees, and which groups end in it.
 
-Shape legend: T tokens in the batch, B segments, N groups that end, g tokens of a group, D rotary dimensions.
+Shape legend: T tokens in the batch, B segments, N groups that end or cores that are seen, g tokens of a group, M = N *
+g, P pages, D rotary dimensions.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,23 @@ class EndingGroups:
 
 
 @dataclass(slots=True)
+class CoreSegment:
+    """What one sequence of the batch has beyond its window, for groups that are fetched. On the model's device."""
+
+    rows: slice  # of T
+    group_size: int
+    core_slots_N: torch.Tensor  # int64, of all cores that any of its tokens sees: at least one
+    table_P: torch.Tensor  # int64, the pages of tokens that it still has
+    num_passed: int  # pages before those
+    kept: list[int]  # where these are below
+
+
+@dataclass(slots=True)
 class CoreBatch:
     """Of one batch; constant over its layers. Rows of the ranges are the batch's tokens."""
 
     near: KeyRanges  # tokens as they are; tables hold the pages that the sequences still have
     far: KeyRanges | None  # cores; None: no token of the batch sees one
     ending: tuple[EndingGroups, ...]  # by group size
+    num_cores_T: torch.Tensor  # int64, cores that a token sees
+    segments: tuple[CoreSegment, ...] = ()  # where groups are fetched: sequences that see a core

@@ -6,7 +6,7 @@ to k and all older ones in slot 0. Of the k blocks that score highest, sorted by
 if it is an old one, and in slot r + 1 if it is one of the last k. Where there are fewer than k blocks, they lie
 directly before the own one, as in training. What a token sees so depends on its own block and those before it alone,
 never on how a prompt was cut into steps. Ties are the rule in the first layer, whose landmarks' keys are all the
-same: rounding must not decide them, since a step of another shape rounds otherwise.
+same (``ranking.py``).
 
 Legend: T rows, N blocks, K KV heads, G query heads per KV head, D head dim, k retrieved blocks.
 """
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from longctx.attention.ranking import rank_scores
+
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``(q [T, K, G, ..., D], number of slots)`` to q as it is that many slots further away; numbers broadcast to q's."""
 
-TIES = 1024  # scores that are equal when rounded to this fraction are, and the newest block wins
 TILE_SCORES = 1 << 24  # that exist at one time
 
 
@@ -65,7 +66,7 @@ def choose_blocks(
     for rows in _tiles(run_T, num_rows):
         landmarks = landmarks_NKD[rows] if landmarks_NKD.dim() == 4 else landmarks_NKD
         scores_TKGN = _score(q_TKGD[rows], landmarks, block_T[rows], retrieval.top_k, turn)
-        ranked.append(_rank(_POOLING[retrieval.granularity](scores_TKGN, run_T[rows]), retrieval.top_k))
+        ranked.append(rank_scores(_POOLING[retrieval.granularity](scores_TKGN, run_T[rows]), retrieval.top_k))
     return _place(torch.cat(ranked).expand(*q_TKGD.shape[:3], -1), block_T, retrieval.top_k)
 
 
@@ -118,17 +119,6 @@ _POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "token": lambda scores, _: scores.amax((1, 2), keepdim=True),
     "head": _pool_tokens,
 }
-
-
-def _rank(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Indices ``[..., k]`` of the highest scores, the oldest block first; those that are none have -1, in front."""
-    num_chosen, num_blocks = min(top_k, scores.shape[-1]), scores.shape[-1]
-    order = torch.arange(num_blocks, dtype=torch.float64, device=scores.device) / num_blocks
-    found = (scores.double().mul_(TIES).round_() + order).topk(num_chosen, dim=-1, sorted=False)
-    chosen = found.indices.masked_fill(found.values == float("-inf"), -1).sort(-1).values
-    if num_chosen == top_k:
-        return chosen
-    return torch.cat((chosen.new_full((*chosen.shape[:-1], top_k - num_chosen), -1), chosen), -1)
 
 
 def _place(block: torch.Tensor, block_T: torch.Tensor, top_k: int) -> Choice:

@@ -12,11 +12,13 @@ from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
 from longctx.attention.cca_paged import CoreAttention
 from longctx.attention.config import AttentionConfig, choose_method, warn_untrained
+from longctx.attention.core_fetch import CoreFetch
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig
 from longctx.engine.core_method import count_context_pages
 from longctx.engine.engine import Engine
 from longctx.engine.landmark_build import choose_for_blocks, make_near_runner, make_tiers, take_landmarks
+from longctx.engine.lower_tier import make_store
 from longctx.engine.page_budget import count_cores, count_pages
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
@@ -30,6 +32,7 @@ from longctx.shards.plans import PlanChoice
 from longctx.shards.rank import ShardRank
 from longctx.shards.runner import ShardRunner
 from memory.layout import KVLayout
+from memory.lower_pages import LowerPages
 from memory.pages import DTYPES, PagePool
 from memory.sharded_pages import ShardedPages
 from memory.tiered_pages import TieredPages
@@ -63,6 +66,7 @@ class _Parts:
     max_context: int
     method: AttentionSpec | None
     tiers: TieredPages | None = None  # whose near part the pool is
+    below: LowerPages | None = None  # what leaves the window of CCA attention, to be fetched
 
 
 def build_engine(
@@ -101,6 +105,7 @@ def build_engine(
             max_context=parts.max_context,
             make_runner=None if parts.tiers is None else partial(make_near_runner, decoder, pool),
             cores=parts.method if isinstance(parts.method, CCASpec) else None,
+            below=parts.below,
         )
     else:
         world_size, layout = shards.group.world_size, pool.layout
@@ -174,11 +179,9 @@ def _load(
     if device.type == "cpu":
         torch.set_num_threads(engine_config.num_threads or max(1, count_cores() // num_sharing))
     loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed, adapter=adapter)
-    if isinstance(method, CCASpec):
-        backend = CoreAttention(backend, loaded.rotary, method)
     if shards is not None:
         backend = ShardedAttention(backend, shards.group.on_device(device), timeout_s=shards.timeout_s)
-    decoder = PackedDecoder(loaded, backend)
+    decoder, below = PackedDecoder(loaded, backend), None
     if not isinstance(method, LandmarkSpec):
         decoder.rotary.reserve(max_context)
     layout = replace(decoder.layout(page_size), has_landmark=isinstance(method, LandmarkSpec))
@@ -186,6 +189,9 @@ def _load(
     context_pages = layout.num_pages(max_context)
     if isinstance(method, CCASpec):
         context_pages = count_context_pages(method, engine_config, page_size, max_context)
+        below = _make_below(attention, layout, device=device, max_context=max_context)
+        fetch = None if below is None else CoreFetch(attention.core_fetch, below)
+        decoder.backend = CoreAttention(backend, loaded.rotary, method, fetch=fetch)
     num_pages = count_pages(
         engine_config,
         layout,
@@ -205,7 +211,16 @@ def _load(
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
     if isinstance(method, LandmarkSpec):
         take_landmarks(decoder, method, attention, pages=pool)
-    return _Parts(spec, decoder, pool, max_context, method)
+    return _Parts(spec, decoder, pool, max_context, method, below=below)
+
+
+def _make_below(
+    attention: AttentionConfig, layout: KVLayout, *, device: torch.device, max_context: int
+) -> LowerPages | None:
+    if not attention.core_fetch:
+        return None
+    num_pages, store = make_store(attention, layout, device=device, max_context=max_context)
+    return LowerPages(layout, num_pages, store)
 
 
 def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:

@@ -14,6 +14,7 @@ from longctx.messages import GenerationRequest
 from longctx.models.attention_spec import CCASpec
 from longctx.models.packed import PackedDecoder
 from memory.core_pages import CoreCapacity, CoreSizes
+from memory.lower_pages import LowerPages
 from memory.pages import PagePool
 from memory.prefix_cache import PrefixCache
 
@@ -29,16 +30,26 @@ class CoreMethod:
         cache: of a pool in this process; not enabled.
         config: of the engine.
         max_context: tokens that the model takes.
+        below: where pages are kept that leave the window, for groups that are fetched; None: none are.
     """
 
     ships_kv = False
 
     def __init__(
-        self, spec: CCASpec, decoder: PackedDecoder, cache: PrefixCache, *, config: EngineConfig, max_context: int
+        self,
+        spec: CCASpec,
+        decoder: PackedDecoder,
+        cache: PrefixCache,
+        *,
+        config: EngineConfig,
+        max_context: int,
+        below: LowerPages | None = None,
     ) -> None:
         pool, layout = cache.pool, cache.pool.layout
         assert isinstance(pool, PagePool)
         self._spec, self._num_pages, self._model_context = spec, pool.num_pages, max_context
+        if below is not None:
+            self._model_context = min(max_context, below.num_pages * layout.page_size)
         most = min(config.max_batch_tokens, pool.num_pages * layout.page_size // CHUNK_SHARE)
         self._capacity = _make_capacity(layout.page_size, most)
         self.max_context = self._count_context(CoreSizes(spec.group_size, spec.window))
@@ -56,8 +67,10 @@ class CoreMethod:
             max_sequences=config.max_sequences,
             capacity=self._capacity,
             sizes_of=self.sizes_of,
+            below=below,
         )
-        self.runner: Runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device)
+        fetches = below is not None
+        self.runner: Runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device, fetches=fetches)
 
     def sizes_of(self, request: GenerationRequest) -> CoreSizes:
         """Groups and window of a request; raises ``RequestError`` for what it must not ask for."""

@@ -40,13 +40,17 @@ class CoreRows(DecodeRows):
         changed = is_core | (position % self.page_size == 0) | (first_page > self.num_passed[rows])
         return [self.sequences[row] for row in np.flatnonzero(changed).tolist()]
 
-    def pass_pages(self, sequence: Sequence) -> list[int]:
-        """Take the pages out that no coming token sees; returns them."""
+    def num_passing(self, sequence: Sequence) -> int:
+        """How many of its pages no coming token sees."""
+        cores = sequence.cores
+        assert cores is not None
+        first_page = cores.sizes.first_token(int(self.positions[sequence.row])) // self.page_size
+        return max(0, first_page - cores.num_passed)
+
+    def pass_pages(self, sequence: Sequence, count: int) -> list[int]:
+        """Take the first pages out; returns them."""
         cores, row = sequence.cores, sequence.row
         assert cores is not None
-        count = cores.sizes.first_token(int(self.positions[row])) // self.page_size - cores.num_passed
-        if count <= 0:
-            return []
         passed, sequence.pages = sequence.pages[:count], sequence.pages[count:]
         cores.num_passed += count
         self.num_passed[row] = cores.num_passed

@@ -1,22 +1,34 @@
 """Lays out batches under CCA attention: which cores and tokens each query sees, and which groups end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from longctx.attention.batch import KeyRanges, PackedBatch
-from longctx.attention.core_batch import CoreBatch, EndingGroups
+from longctx.attention.core_batch import CoreBatch, CoreSegment, EndingGroups
 from longctx.engine.core_rows import CoreRows, first_tokens
-from longctx.engine.runner import ModelRunner
+from longctx.engine.runner import Decoder, ModelRunner
 from longctx.engine.scheduler import Chunk
-from longctx.engine.sequence import Int64Array
+from longctx.engine.sequence import Int64Array, Sequence
+from memory.pages import PagePool
 
 
 class CoreRunner(ModelRunner):
-    """As ``ModelRunner``."""
+    """As ``ModelRunner``.
+
+    Args:
+        decoder, pool, rows, device: as there.
+        fetches: whether groups are fetched (``longctx/attention/core_fetch.py``).
+    """
 
     rows: CoreRows
+
+    def __init__(
+        self, decoder: Decoder, pool: PagePool, *, rows: CoreRows, device: torch.device, fetches: bool = False
+    ) -> None:
+        super().__init__(decoder, pool, rows=rows, device=device)
+        self._fetches = fetches
 
     def _lay_out(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None) -> PackedBatch:
         batch = super()._lay_out(chunks, on_layer)
@@ -36,8 +48,32 @@ class CoreRunner(ModelRunner):
             ),
             far=self._see_cores(batch, first_T // group_size_T),
             ending=self._find_ending(row_T, position_T, group_size_T),
+            num_cores_T=self._upload(first_T // group_size_T, torch.int64),
         )
+        if self._fetches:
+            sequences = [*rows.sequences, *(chunk.sequence for chunk in chunks)]
+            batch.cores.segments = tuple(self._list_segments(sequences, num_queries, first_T))
         return batch
+
+    def _list_segments(
+        self, sequences: list[Sequence], num_queries: Int64Array, first_T: Int64Array
+    ) -> Iterator[CoreSegment]:
+        stops = num_queries.cumsum()
+        for row, (sequence, stop) in enumerate(zip(sequences, stops.tolist(), strict=True)):
+            cores = sequence.cores
+            assert cores is not None
+            num_cores = int(first_T[stop - 1]) // cores.sizes.group_size
+            if num_cores:
+                core_idx = np.arange(num_cores)
+                slots = self.rows.locate_cores(np.full_like(core_idx, row), core_idx)
+                yield CoreSegment(
+                    slice(stop - int(num_queries[row]), stop),
+                    cores.sizes.group_size,
+                    self._upload(slots, torch.int64),
+                    self._upload(np.array(sequence.pages), torch.int64),
+                    cores.num_passed,
+                    cores.kept,
+                )
 
     def _see_cores(self, batch: PackedBatch, num_cores_T: Int64Array) -> KeyRanges | None:
         most = int(num_cores_T.max())

@@ -2,8 +2,9 @@
 
 A prompt takes, when it starts, the pages of all its cores and as many as its nearest tokens and one chunk ever need;
 chunk by chunk, what no coming token sees holds the next tokens. What is left over goes back when the prompt is
-computed. So a prompt that has started always comes to its end, as without CCA. No page is found again by its content:
-what a page of cores holds depends on both sizes, and pages of tokens are gone when the next prompt comes.
+computed. So a prompt that has started always comes to its end, as without CCA. Where groups are fetched, pages are
+copied below as they leave the window, to places that a prompt takes when it starts as well. No page is found again by
+its content: what a page of cores holds depends on both sizes, and pages of tokens are gone when the next prompt comes.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from longctx.engine.scheduler import Chunk, Scheduler
 from longctx.engine.sequence import Sequence
 from longctx.messages import GenerationRequest
 from memory.core_pages import CoreCapacity, CorePages, CoreSizes
+from memory.lower_pages import LowerPages
+from memory.pages import PagePool
 from memory.prefix_cache import PrefixCache
 
 
@@ -25,6 +28,7 @@ class CoreScheduler(Scheduler):
         max_batch_tokens, max_sequences: as there.
         capacity: how many pages sequences need.
         sizes_of: groups and windows of a request that was checked.
+        below: where pages are kept that leave the window; None: they are not.
     """
 
     rows: CoreRows
@@ -38,10 +42,11 @@ class CoreScheduler(Scheduler):
         max_sequences: int,
         capacity: CoreCapacity,
         sizes_of: Callable[[GenerationRequest], CoreSizes],
+        below: LowerPages | None = None,
     ) -> None:
         assert not cache.enabled
         super().__init__(cache, rows, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
-        self._capacity, self._sizes_of = capacity, sizes_of
+        self._capacity, self._sizes_of, self._below = capacity, sizes_of, below
 
     def allocate(self, sequence: Sequence) -> bool:
         sizes, num_tokens = self._sizes_of(sequence.active.request), sequence.num_tokens
@@ -49,9 +54,12 @@ class CoreScheduler(Scheduler):
         num_pages = self._capacity.count_pages(sizes, num_tokens)
         if self.cache.num_available < num_pages + len(self.rows.sequences):  # a spare page for each that decodes
             return False
+        kept = self._allocate_below(sizes, num_tokens)
+        if kept is None:
+            return False
         pages = self.cache.pool.allocate(num_pages)
         assert pages is not None
-        sequence.cores = CorePages(sizes, pages[:num_cores], pages[num_cores:])
+        sequence.cores = CorePages(sizes, pages[:num_cores], pages[num_cores:], kept=kept)
         sequence.pages, sequence.num_computed, sequence.num_remembered = [], 0, 0
         return True
 
@@ -81,7 +89,9 @@ class CoreScheduler(Scheduler):
         pool.retain(shared + shared_cores)
         num_fresh = len(source.pages) - num_full
         target.pages = shared + fresh[:num_fresh]
-        target.cores = CorePages(cores.sizes, shared_cores + fresh[num_fresh:], [], cores.num_passed)
+        target.cores = CorePages(cores.sizes, shared_cores + fresh[num_fresh:], [], cores.num_passed, list(cores.kept))
+        if self._below is not None:
+            self._below.retain(cores.kept)
         target.num_computed = source.num_computed
         return True
 
@@ -90,13 +100,16 @@ class CoreScheduler(Scheduler):
         super().drop(sequence)
         if cores is not None:
             self._release(cores.cores + cores.spare)
+            if self._below is not None:
+                self._below.reclaim(self._below.release(cores.kept))
 
     def _grow_decodes(self) -> None:
         """Pages for tokens and cores that begin one; those that left a window go back first."""
         for sequence in sorted(self.rows.at_change(), key=lambda s: s.key):
             if sequence.row < 0:  # preempted for an earlier one
                 continue
-            self._release(self.rows.pass_pages(sequence))
+            if not self._pass_decode(sequence):
+                continue
             if self.rows.lacks_page(sequence):
                 page = self._take_page(sequence)
                 if page is None:
@@ -106,6 +119,38 @@ class CoreScheduler(Scheduler):
                 page = self._take_page(sequence)
                 if page is not None:
                     self.rows.add_core_page(sequence, page)
+
+    def _pass_decode(self, sequence: Sequence) -> bool:
+        """Give the pages back that left a decoding sequence's window; False if it was preempted for want of room."""
+        count, cores = self.rows.num_passing(sequence), sequence.cores
+        if not count:
+            return True
+        assert cores is not None
+        if self._below is not None:
+            kept = self._take_from(self._below, count, sequence)
+            if kept is None:
+                return False
+            cores.kept += kept
+            self._keep_below(sequence, count)
+        self._release(self.rows.pass_pages(sequence, count))
+        return True
+
+    def _allocate_below(self, sizes: CoreSizes, num_tokens: int) -> list[int] | None:
+        """Places for all pages that so many tokens leave behind them; None if there are too few."""
+        if self._below is None:
+            return []
+        count = sizes.first_token(num_tokens) // self._layout.page_size
+        if self._below.num_free < count + len(self.rows.sequences):
+            return None
+        return self._below.allocate(count)
+
+    def _keep_below(self, sequence: Sequence, count: int) -> None:
+        """Copy the first pages to the places that there are for them."""
+        cores, pool = sequence.cores, self.cache.pool
+        if self._below is not None and count:
+            assert cores is not None and isinstance(pool, PagePool)
+            kept = cores.kept[cores.num_passed : cores.num_passed + count]
+            self._below.keep(pool, sequence.pages[:count], kept)
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         added = super()._add_chunk(chunks, sequence, min(budget, self._capacity.chunk_size))
@@ -128,6 +173,7 @@ class CoreScheduler(Scheduler):
         cores = sequence.cores
         assert cores is not None
         count = cores.sizes.first_token(position) // self._layout.page_size - cores.num_passed
+        self._keep_below(sequence, count)
         cores.spare += sequence.pages[:count]
         del sequence.pages[:count]
         cores.num_passed += count

@@ -29,6 +29,7 @@ from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationR
 from longctx.models.attention_spec import CCASpec
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
+from memory.lower_pages import LowerPages
 from memory.pages import PageAllocator, PagePool
 from memory.prefix_cache import PrefixCache
 
@@ -48,6 +49,7 @@ class Engine:
         max_context: tokens of prompt and output together; lowered to what the pool holds.
         make_runner: what computes the steps, given the decoding sequences; None: this process alone.
         cores: groups and windows of CCA attention, if that is the decoder's; this process alone.
+        below: where pages are kept that leave a window, if the decoder fetches groups again.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Engine:
         max_context: int,
         make_runner: Callable[[DecodeRows], Runner] | None = None,
         cores: CCASpec | None = None,
+        below: LowerPages | None = None,
     ) -> None:
         self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
         self.cache = PrefixCache(pool, enabled=config.prefix_cache and cores is None)
@@ -69,7 +72,7 @@ class Engine:
                 decoder, self.cache, config=config, max_context=max_context, make_runner=make_runner
             )
         else:
-            self._method = CoreMethod(cores, decoder, self.cache, config=config, max_context=max_context)
+            self._method = CoreMethod(cores, decoder, self.cache, config=config, max_context=max_context, below=below)
         self._rows, self._scheduler, self._runner = self._method.rows, self._method.scheduler, self._method.runner
         self._model_context, self.max_context = max_context, self._method.max_context
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)

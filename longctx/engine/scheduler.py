@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from longctx.engine.rows import DecodeRows
 from longctx.engine.sequence import INDEPENDENT, RopeLengths, Sequence
+from memory.pages import PageAllocator
 from memory.prefix_cache import DigestChain, PrefixCache
 
 logger = logging.getLogger(__name__)
@@ -190,11 +191,16 @@ class Scheduler:
 
     def _take_page(self, sequence: Sequence) -> int | None:
         """A page for a decoding sequence, at the expense of those that came last; None if that is itself."""
-        page = self.cache.pool.allocate(1)
-        while page is None and sequence.row >= 0:
+        pages = self._take_from(self.cache.pool, 1, sequence)
+        return None if pages is None else pages[0]
+
+    def _take_from(self, pool: PageAllocator, num_pages: int, sequence: Sequence) -> list[int] | None:
+        """As ``_take_page``, several pages of any pool."""
+        pages = pool.allocate(num_pages)
+        while pages is None and sequence.row >= 0:
             self._preempt(self._latest())
-            page = None if sequence.row < 0 else self.cache.pool.allocate(1)
-        return None if page is None else page[0]
+            pages = None if sequence.row < 0 else pool.allocate(num_pages)
+        return pages
 
     def _latest(self) -> Sequence:
         """The sequence to preempt. Exported prompts are not: somebody may be reading their pages."""

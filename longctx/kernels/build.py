@@ -68,6 +68,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.longctx_rms_norm.argtypes = [pointer, pointer, pointer, pointer, int64, int64, ctypes.c_float, int32, int32]
     library.longctx_silu_mul.argtypes = [pointer, pointer, int64, int64, int32, int32]
     library.longctx_rms_norm.restype = library.longctx_silu_mul.restype = None
+    library.longctx_rank.argtypes = [pointer, pointer, int64, int64, int32, ctypes.c_float, int32]
+    library.longctx_rank.restype = None
     library.longctx_linear.argtypes = [pointer, pointer, pointer, pointer, int64, int64, int64, int32]
 
 

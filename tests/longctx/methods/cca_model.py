@@ -9,20 +9,24 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 import longctx
 from longctx.messages import TokenLogprob
 from longctx.models.attention_spec import CCASpec
+from tests.longctx.methods.cca_reference import cca_reference
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, *_: Any, scaling: float, **__: Any) -> Any:
-    spec = module.cca_spec
-    out = longctx.cca_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        group_size=spec.group_size,
-        window=spec.window,
-        scale=scaling,
-        rope=module.cca_rope,
-        core_position=spec.core_position,
-        head_pooling=spec.head_pooling,
-    )
-    return out, None
+    spec, turn = module.cca_spec, module.cca_rope
+    qkv = [x.transpose(1, 2) for x in (query, key, value)]
+    options = {
+        "group_size": spec.group_size,
+        "window": spec.window,
+        "scale": scaling,
+        "core_position": spec.core_position,
+        "head_pooling": spec.head_pooling,
+    }
+    if module.core_fetch:
+        fetched, bounds = {"core_fetch": module.core_fetch}, (0, query.shape[2])
+        one = lambda x, place: turn(x[None, None, None], torch.as_tensor(place)[None, None])[0, 0, 0]  # noqa: E731
+        return cca_reference(*qkv, **options, **fetched, bounds=bounds, rope=one), None
+    return longctx.cca_attention(*qkv, **options, rope=turn), None
 
 
 AttentionInterface.register("longctx_cca_reference", _attend)
@@ -43,7 +47,8 @@ class _NoRotation(torch.nn.Module):
 class CCAModel:
     """Logits of whole sequences, computed at once."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, core_fetch: int = 0) -> None:
+        self._core_fetch = core_fetch
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="longctx_cca_reference"
         )
@@ -55,7 +60,8 @@ class CCAModel:
     def logits(self, token_ids: list[int], spec: CCASpec) -> torch.Tensor:
         """``[len(token_ids), vocabulary]``."""
         for layer in self._model.model.layers:
-            layer.self_attn.cca_spec, layer.self_attn.cca_rope = spec, self._turn
+            attention = layer.self_attn
+            attention.cca_spec, attention.cca_rope, attention.core_fetch = spec, self._turn, self._core_fetch
         return self._model(torch.tensor([token_ids]), use_cache=False).logits[0].float()
 
     def check(

@@ -6,7 +6,7 @@ import torch
 
 
 def cca_reference(
-    q, k, v, *, group_size, window, scale, bounds, rope=None, core_position="last", head_pooling="weights"
+    q, k, v, *, group_size, window, scale, bounds, rope=None, core_position="last", head_pooling="weights", core_fetch=0
 ):
     """``[batch, seq, heads, dim]``; ``rope`` takes one vector and its position."""
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
@@ -31,10 +31,20 @@ def cca_reference(
                     cores.append((turn(a @ keys[group], place[core_position]), a @ values[group]))
                 for i in range(stop - start):
                     num_cores = max(0, (i + 1 - window) // group_size)
-                    raw = range(num_cores * group_size, i + 1)
-                    seen = [core for core, _ in cores[:num_cores]] + [turn(keys[j], j) for j in raw]
-                    held = [value for _, value in cores[:num_cores]] + [values[j] for j in raw]
-                    weights = (torch.stack(seen) @ turn(queries[i, h], i) * scale).softmax(0)
+                    query = turn(queries[i, h], i)
+                    fetched = _best_cores([core for core, _ in cores[:num_cores]], query * scale, core_fetch)
+                    pooled = [core for idx, core in enumerate(cores[:num_cores]) if idx not in fetched]
+                    raw = [idx * group_size + offset for idx in fetched for offset in range(group_size)]
+                    raw += range(num_cores * group_size, i + 1)
+                    seen = [core for core, _ in pooled] + [turn(keys[j], j) for j in raw]
+                    held = [value for _, value in pooled] + [values[j] for j in raw]
+                    weights = (torch.stack(seen) @ query * scale).softmax(0)
                     heads[i].append(weights @ torch.stack(held))
             out += [torch.stack(each) for each in heads]
     return torch.stack(out).unflatten(0, q.shape[:2])
+
+
+def _best_cores(keys, query, count):
+    """Numbers of the highest-scoring cores, the newest of those that are equal to 1/1024."""
+    scores = [round(float(key @ query) * 1024) for key in keys]
+    return sorted(range(len(keys)), key=lambda idx: (scores[idx], idx), reverse=True)[:count]

@@ -1,0 +1,65 @@
+"""What lies below the pages that are near: in host memory, or a memory-mapped file."""
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+
+from longctx.attention.config import AttentionConfig
+from longctx.errors import ConfigError
+from memory.block_store import BlockFile, BlockStore, HostBlocks
+from memory.layout import KVLayout
+from parallel.option import parse_budget
+
+logger = logging.getLogger(__name__)
+
+AUTO_CONTEXTS = 2  # that fit below, if nothing is said
+AUTO_SHARE = 0.5  # of what is free, at most
+
+
+def make_store(
+    attention: AttentionConfig, layout: KVLayout, *, device: torch.device, max_context: int
+) -> tuple[int, BlockStore]:
+    """A store, and how many pages it has room for.
+
+    Raises:
+        ConfigError: if there is no room.
+    """
+    num_pages = _count_below(attention, layout, max_context)
+    logger.info("%d blocks (%.1f GiB) in %s", num_pages, num_pages * layout.page_bytes / 2**30, attention.below)
+    if attention.below == "file":
+        return num_pages, BlockFile(layout, num_pages, _folder(attention))
+    return num_pages, HostBlocks(layout, num_pages, pinned=device.type == "cuda")
+
+
+def _count_below(attention: AttentionConfig, layout: KVLayout, max_context: int) -> int:
+    free = _free_bytes(attention)
+    budget = parse_budget(attention.blocks_bytes)
+    if budget is None:
+        budget = min(int(free * AUTO_SHARE), AUTO_CONTEXTS * layout.num_pages(max_context) * layout.page_bytes)
+    elif budget > free:
+        raise ConfigError(
+            f"attention.blocks_bytes={attention.blocks_bytes} is not allowed: {free / 2**30:.1f} GiB are free"
+        )
+    if budget < layout.page_bytes:
+        raise ConfigError(
+            f"attention.blocks_bytes={attention.blocks_bytes} is not allowed: {budget} bytes do not hold one block of "
+            f"{layout.page_bytes} bytes"
+        )
+    return budget // layout.page_bytes
+
+
+def _free_bytes(attention: AttentionConfig) -> int:
+    if attention.below == "host":
+        return psutil.virtual_memory().available
+    folder = _folder(attention)
+    if not folder.is_dir():
+        raise ConfigError(f"attention.blocks_folder={folder} is not allowed: there is no such folder")
+    return shutil.disk_usage(folder).free
+
+
+def _folder(attention: AttentionConfig) -> Path:
+    return Path(attention.blocks_folder or tempfile.gettempdir())
