@@ -17,8 +17,6 @@ from longctx.models.checkpoint import inspect_checkpoint
 from parallel.links import load_links
 from parallel.option import parse_budget
 
-_SHIPPED = ("landmark",)  # methods whose KV travels: in pages, as dense attention's does
-
 
 def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     """What can be wrong before anything runs. Returns the configuration as the workers get it, and the model.
@@ -50,10 +48,10 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 def _check_method(config: ServeConfig, name: str) -> None:
     """Whether the deployment can be served with a method other than dense attention."""
     cluster = config.cluster
-    if cluster.num_prefill_workers and name not in _SHIPPED:
+    if cluster.num_prefill_workers and config.attention.core_fetch:
         raise ConfigError(
-            f"cluster.num_prefill_workers={cluster.num_prefill_workers} is not allowed with {name} attention, whose KV "
-            "does not travel: cluster=colocated"
+            f"attention.core_fetch={config.attention.core_fetch} is not allowed with cluster.num_prefill_workers="
+            f"{cluster.num_prefill_workers}: tokens that are fetched do not travel; cluster=colocated, or 0"
         )
     if cluster.num_prefill_workers and config.attention.blocks != "near":
         raise ConfigError(

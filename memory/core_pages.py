@@ -35,6 +35,13 @@ class CorePages:
     num_passed: int = 0  # pages of tokens before the first that is held: they are free again
     kept: list[int] = field(default_factory=list)  # their copies below, in order, and places of coming ones
 
+    def lasting(self, pages: list[int], num_tokens: int, page_size: int) -> list[int]:
+        """All that the sequence is once ``num_tokens`` are computed, whose pages are ``pages``: what travels.
+
+        Pages of cores, then those of the tokens that the coming one sees, and of as many before as are in their first.
+        """
+        return self.cores + pages[self.sizes.first_token(num_tokens) // page_size - self.num_passed :]
+
 
 @dataclass(frozen=True, slots=True)
 class CoreCapacity:

@@ -25,6 +25,8 @@ class LayerAnnouncer:
     def prepare(self, chunks: list[Chunk]) -> bool:
         """Set what the coming step makes final; pages found in the prefix cache are announced at once.
 
+        Under CCA attention pages come and go until the last step, which is the one that makes them final.
+
         Returns whether any chunk of the step is exported.
         """
         self.failures.clear()
@@ -33,7 +35,12 @@ class LayerAnnouncer:
             active = chunk.sequence.active
             if active.export is None:
                 continue
-            first, pages = chunk.start // self._page_size, chunk.sequence.pages
+            cores, pages = chunk.sequence.cores, chunk.sequence.pages
+            if cores is not None:
+                if chunk.is_last:
+                    self._targets.append((active, 0, cores.lasting(pages, chunk.stop, self._page_size)))
+                continue
+            first = chunk.start // self._page_size
             known = active.num_announced_pages
             if known < first:
                 for layer_idx in range(self._num_layers):

@@ -33,8 +33,6 @@ class CoreMethod:
         below: where pages are kept that leave the window, for groups that are fetched; None: none are.
     """
 
-    ships_kv = False
-
     def __init__(
         self,
         spec: CCASpec,
@@ -70,6 +68,7 @@ class CoreMethod:
             below=below,
         )
         fetches = below is not None
+        self.ships_kv = not fetches
         self.runner: Runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device, fetches=fetches)
 
     def sizes_of(self, request: GenerationRequest) -> CoreSizes:

@@ -63,6 +63,19 @@ class CoreScheduler(Scheduler):
         sequence.pages, sequence.num_computed, sequence.num_remembered = [], 0, 0
         return True
 
+    def reserve(self, sequence: Sequence) -> tuple[int, list[int]] | None:
+        sizes, num_tokens = self._sizes_of(sequence.active.request), sequence.num_tokens
+        num_cores = self._capacity.count_core_pages(sizes, num_tokens)
+        num_passed = sizes.first_token(num_tokens) // self._layout.page_size
+        num_pages = num_cores + self._layout.num_pages(num_tokens) - num_passed
+        if self.cache.num_available < num_pages + len(self.rows.sequences):
+            return None
+        pages = self.cache.pool.allocate(num_pages)
+        assert pages is not None and self._below is None
+        sequence.cores = CorePages(sizes, pages[:num_cores], [], num_passed)
+        sequence.pages, sequence.num_computed, sequence.num_remembered = pages[num_cores:], 0, 0
+        return 0, pages
+
     def remember(self, sequence: Sequence) -> None:
         """Give back what a sequence whose tokens are all computed no longer needs; the name is the base class's."""
         cores = sequence.cores

@@ -127,18 +127,14 @@ class Engine:
         active = self._activate(request, None)
         sequence, num_rows = active.sequences[0], request.sampling.n
         # Whoever waits here came first.
-        if (
-            self._scheduler.is_blocked
-            or not self._scheduler.has_rows(num_rows)
-            or not self._scheduler.allocate(sequence)
-        ):
+        if self._scheduler.is_blocked or not self._scheduler.has_rows(num_rows):
+            return None
+        reserved = self._scheduler.reserve(sequence)
+        if reserved is None:
             return None
         self._scheduler.num_reserved_rows += num_rows
         self._reserved[active.request_id] = active
-        first_page_idx = sequence.num_computed // self.pool.layout.page_size
-        return Reservation(
-            active.request_id, tuple(sequence.pages[first_page_idx:]), first_page_idx, sequence.num_computed
-        )
+        return Reservation(active.request_id, tuple(reserved[1]), reserved[0], sequence.num_computed)
 
     def attach(self, request_id: str, first: FirstTokens) -> list[OutputDelta]:
         """The reserved pages are filled: go on from the tokens that the prefill worker sampled.

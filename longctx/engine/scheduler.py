@@ -124,6 +124,18 @@ class Scheduler:
         sequence.num_computed = len(shared) * page_size
         return True
 
+    def reserve(self, sequence: Sequence) -> tuple[int, list[int]] | None:
+        """Give ``sequence`` the pages of a prompt that is computed elsewhere; None, and none taken, if too few.
+
+        Returns:
+            The pages that are to be filled, in the order in which ``LayerAnnouncer`` tells of them, and how many are
+            before them, which were found.
+        """
+        if not self.allocate(sequence):
+            return None
+        num_found = sequence.num_computed // self._layout.page_size
+        return num_found, sequence.pages[num_found:]
+
     def remember(self, sequence: Sequence) -> None:
         """Tell the prefix cache of the sequence's pages that became complete."""
         num_full, first = (sequence.num_computed // self._layout.page_size, sequence.num_remembered)

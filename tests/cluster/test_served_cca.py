@@ -1,5 +1,7 @@
 """CCA behind the endpoint: sizes by request, and deployments that it is not for."""
 
+from dataclasses import replace
+
 import httpx
 import pytest
 
@@ -39,15 +41,16 @@ def test_a_request_may_name_its_sizes(folder):
 
 
 @pytest.mark.parametrize(
-    "cluster, match",
+    "cluster, attention, match",
     [
-        (ClusterConfig(), r"cluster\.num_prefill_workers=1 is not allowed with cca"),
+        (ClusterConfig(), replace(CCA, core_fetch=2), r"attention\.core_fetch=2 is not allowed with cluster\.num_pref"),
         (
             ClusterConfig(num_prefill_workers=0, decode=DecodeConfig(sp_degree=2)),
+            CCA,
             r"cluster\.decode\.sp_degree=2 is not allowed with cca",
         ),
     ],
 )
-def test_deployments_that_ship_kv_are_refused(folder, cluster, match):
+def test_deployments_that_it_is_not_for_are_refused(folder, cluster, attention, match):
     with pytest.raises(ConfigError, match=match):
-        check(ServeConfig(model=ModelConfig(path=str(folder)), cluster=cluster, attention=CCA))
+        check(ServeConfig(model=ModelConfig(path=str(folder)), cluster=cluster, attention=attention))

@@ -21,6 +21,7 @@ VARIANTS = {name: (name, {}) for name in FAMILIES} | {
         "llama",
         {"longctx_attention": {"name": "landmark", "block_size": 16, "landmark_token_id": 258}},
     ),
+    "cca": ("llama", {"longctx_attention": {"name": "cca", "group_size": 4, "window": 20}}),
     "dynamic_rope": (
         "llama",
         {

@@ -68,3 +68,34 @@ def generate(engine: Engine, requests: list[GenerationRequest]) -> dict[tuple[st
     token_ids = collect(run(engine))
     assert engine.stats().num_pages_used == 0
     return token_ids
+
+
+class CopyingExport:
+    """Copies each announced block from one pool to the other, as a transport would."""
+
+    def __init__(self, source, target, reservation):
+        self.source, self.target, self.reservation = source, target, reservation
+        self.announced, self.first, self.failure = [], None, None
+
+    def on_layer(self, layer_idx, first_page_idx, pages):
+        for page_idx, page in enumerate(pages, start=first_page_idx):
+            self.announced.append((layer_idx, page_idx))
+            skipped = self.reservation.first_page_idx
+            if page_idx >= skipped:
+                target = self.reservation.pages[page_idx - skipped]
+                self.target.block(layer_idx, target).copy_(self.source.block(layer_idx, page))
+
+    def on_prefilled(self, first):
+        self.first = first
+
+    def on_failed(self, reason):
+        self.failure = reason
+
+
+def hand_over(prefill, decode, request):
+    """Reserve at ``decode``, export from ``prefill``; the export and its request's later deltas."""
+    reservation = decode.reserve(request)
+    assert reservation is not None
+    export = CopyingExport(prefill.pool, decode.pool, reservation)
+    prefill.add(request, export=export)
+    return export

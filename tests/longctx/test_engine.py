@@ -8,7 +8,7 @@ import torch
 
 from longctx.errors import QueueFullError, RequestError
 from longctx.messages import FirstTokens, SamplingParams
-from tests.longctx.engines import GREEDY, check_pages, collect, generate, make_engine, make_request, run
+from tests.longctx.engines import GREEDY, check_pages, collect, generate, hand_over, make_engine, make_request, run
 from tests.longctx.greedy import generate_reference
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -317,37 +317,6 @@ def test_a_failing_step_ends_what_is_in_flight(folder, monkeypatch):
 
 
 # Prefill here, decode there
-
-
-class CopyingExport:
-    """Copies each announced block from one pool to the other, as a transport would."""
-
-    def __init__(self, source, target, reservation):
-        self.source, self.target, self.reservation = source, target, reservation
-        self.announced, self.first, self.failure = [], None, None
-
-    def on_layer(self, layer_idx, first_page_idx, pages):
-        for page_idx, page in enumerate(pages, start=first_page_idx):
-            self.announced.append((layer_idx, page_idx))
-            skipped = self.reservation.first_page_idx
-            if page_idx >= skipped:
-                target = self.reservation.pages[page_idx - skipped]
-                self.target.block(layer_idx, target).copy_(self.source.block(layer_idx, page))
-
-    def on_prefilled(self, first):
-        self.first = first
-
-    def on_failed(self, reason):
-        self.failure = reason
-
-
-def hand_over(prefill, decode, request):
-    """Reserve at ``decode``, export from ``prefill``; the export and its request's later deltas."""
-    reservation = decode.reserve(request)
-    assert reservation is not None
-    export = CopyingExport(prefill.pool, decode.pool, reservation)
-    prefill.add(request, export=export)
-    return export
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, replace(GREEDY, max_tokens=1), replace(SAMPLED, seed=None, n=2)])
