@@ -60,8 +60,13 @@ def _check_method(config: ServeConfig, name: str) -> None:
         )
     for role in ("prefill", "decode"):
         sp_degree = getattr(cluster, role).sp_degree
-        if sp_degree > 1:
+        if sp_degree > 1 and (name != "cca" or config.attention.core_fetch):
             raise ConfigError(f"cluster.{role}.sp_degree={sp_degree} is not allowed with {name} attention: 1")
+    if cluster.num_prefill_workers and cluster.decode.sp_degree > 1:
+        raise ConfigError(
+            f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention and "
+            f"cluster.num_prefill_workers={cluster.num_prefill_workers}: KV arrives at one rank; 1 or cluster=colocated"
+        )
 
 
 def _check_ranks(config: ServeConfig) -> ServeConfig:

@@ -20,8 +20,7 @@ from cluster.shipping import choose_sending_pool, open_receivers, open_senders
 from longctx.engine.build import ShardGroup, build_rank
 from longctx.errors import WorkerLostError
 from longctx.shards.plans import PlanChoice
-from longctx.shards.rank import ShardRank
-from longctx.shards.runner import follow_on_thread
+from longctx.shards.runner import Rank, follow_on_thread
 from memory.messages import LeaseGrant
 from memory.tcp import node_address
 from memory.transport import KVReceiver, KVSender
@@ -56,7 +55,7 @@ class RankWorker:
         self._on_lost = on_lost
         self._is_started = False
         self._lost = ""  # why it is of no more use
-        self._rank: ShardRank | None = None
+        self._rank: Rank | None = None
         self._group: GlooGroup | None = None
         self._senders: dict[str, KVSender] = {}
         self._receivers: dict[str, KVReceiver] = {}
@@ -174,7 +173,7 @@ class RankWorker:
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._news.set)
 
-    def _check(self) -> ShardRank:
+    def _check(self) -> Rank:
         if self._lost or self._rank is None:
             raise WorkerLostError(f"{self.name} is lost: {self._lost or 'it has not started'}")
         return self._rank

@@ -116,6 +116,7 @@ class PagePool(PageAllocator):
         if storage.shape != shape or storage.dtype != torch.uint8:
             raise ValueError(f"storage is {storage.dtype} {tuple(storage.shape)}; must be uint8 {shape}")
         self.storage = storage
+        self.copies: list[tuple[int, int]] | None = None  # made since they were last taken; None: nobody asks
         self._free = list(range(num_pages - 1, -1, -1))
         self._views = [_block_views(storage[layer_idx], layout) for layer_idx in range(layout.num_layers)]
 
@@ -141,6 +142,8 @@ class PagePool(PageAllocator):
 
     def copy_page(self, source: int, target: int) -> None:
         self.storage[:, target].copy_(self.storage[:, source])
+        if self.copies is not None:
+            self.copies.append((source, target))
 
     def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
         return [self._free.pop() for _ in range(num_pages)]

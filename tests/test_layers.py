@@ -70,7 +70,9 @@ def test_each_contract_finds_what_it_forbids(tmp_path, contract, file, line):
     assert broken.startswith(contract)
 
 
-@pytest.mark.parametrize(("script", "extra"), [(LIBRARY, ("hydra", "omegaconf")), (COMMAND, ())])
+@pytest.mark.parametrize(
+    ("script", "extra"), [(LIBRARY, ("hydra", "omegaconf")), pytest.param(COMMAND, (), marks=pytest.mark.slow)]
+)
 def test_the_engine_runs_without_ray(script, extra):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT.format(extra=extra) + script],

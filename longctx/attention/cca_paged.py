@@ -47,7 +47,7 @@ class CoreAttention(OuterAttention):
         q_THD = self.inner.prepare(qkv_TC, norm, shape, batch)
         assert batch.cores is not None
         for groups in batch.cores.ending:
-            self._pool(q_THD, groups, shape, batch.pool)
+            self.pool_groups(q_THD[groups.last_rows_N], groups, shape, batch.pool)
         return q_THD
 
     def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
@@ -61,13 +61,13 @@ class CoreAttention(OuterAttention):
             merge_partial_(out_THD, lse_TH, *near)
         return out_THD.to(q_THD.dtype).flatten(1)
 
-    def _pool(self, q_THD: torch.Tensor, groups: EndingGroups, shape: AttentionShape, pool: PagePool) -> None:
-        """Write the cores of some groups, whose tokens are stored."""
+    def pool_groups(self, q_NHD: torch.Tensor, groups: EndingGroups, shape: AttentionShape, pool: PagePool) -> None:
+        """Write the cores of some groups, whose tokens are stored; ``q_NHD`` are the rotated queries of their last."""
         if groups.cos_MD is None or groups.sin_MD is None:
             groups.cos_MD, groups.sin_MD = self._rotary.turn_between(groups.positions_M)
         size, cos_MD, sin_MD = groups.group_size, groups.cos_MD, groups.sin_MD
         last = slice(size - 1, None, size)
-        q_NHD = rotate_back(q_THD[groups.last_rows_N].float(), cos_MD[last], sin_MD[last])
+        q_NHD = rotate_back(q_NHD.float(), cos_MD[last], sin_MD[last])
         k_MKD, v_MKD = (x.float() for x in read_rows(pool, shape.layer_idx, groups.slots_M))
         k_NgKD, v_NgKD = (x.unflatten(0, (-1, size)) for x in (rotate_back(k_MKD, cos_MD, sin_MD), v_MKD))
         weights_NKg = weigh_groups(q_NHD[None], k_NgKD[None], shape.scale, head_pooling=self._spec.head_pooling)[0]

@@ -28,9 +28,12 @@ from longctx.models.loading import load_model
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import load_tokenizer
 from longctx.shards.attention import ShardedAttention
+from longctx.shards.core_attention import SharedCoreAttention
+from longctx.shards.core_rank import CoreRank
+from longctx.shards.core_runner import CoreGroupRunner
 from longctx.shards.plans import PlanChoice
 from longctx.shards.rank import ShardRank
-from longctx.shards.runner import ShardRunner
+from longctx.shards.runner import Rank, ShardRunner
 from memory.layout import KVLayout
 from memory.lower_pages import LowerPages
 from memory.pages import DTYPES, PagePool
@@ -107,9 +110,20 @@ def build_engine(
             cores=parts.method if isinstance(parts.method, CCASpec) else None,
             below=parts.below,
         )
+    elif isinstance(parts.method, CCASpec):
+        core_rank = _make_core_rank(parts, shards)
+        engine = Engine(
+            decoder,
+            pool,
+            tokenizer=tokenizer,
+            config=_widen(engine_config, shards),
+            max_context=parts.max_context,
+            make_runner=lambda rows: CoreGroupRunner(core_rank, shards.group, rows=rows, timeout_s=shards.timeout_s),
+            cores=parts.method,
+        )
     else:
         world_size, layout = shards.group.world_size, pool.layout
-        config = replace(engine_config, max_batch_tokens=world_size * engine_config.max_batch_tokens)
+        config = _widen(engine_config, shards)
         pages = ShardedPages(
             layout,
             pool.num_pages,
@@ -147,9 +161,10 @@ def build_rank(
     attention: AttentionConfig | None = None,
     make_pool: MakePool | None = None,
     random_weights_seed: int | None = None,
-) -> ShardRank:
+) -> Rank:
     """Another rank than 0 of a sharded engine, to be handed to ``follow``; see ``build_engine``."""
-    return _make_rank(_load(model_config, engine_config, attention, make_pool, random_weights_seed, shards), shards)
+    parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
+    return (_make_core_rank if isinstance(parts.method, CCASpec) else _make_rank)(parts, shards)
 
 
 def _load(
@@ -165,8 +180,10 @@ def _load(
     attention = attention or AttentionConfig()
     method = choose_method(attention, spec)
     warn_untrained(method, spec)
-    if method is not None and shards is not None:
+    if isinstance(method, LandmarkSpec) and shards is not None:
         raise ConfigError(f"attention.name={method.name} is not allowed on several ranks (sp_degree)")
+    if attention.core_fetch and shards is not None:
+        raise ConfigError(f"attention.core_fetch={attention.core_fetch} is not allowed on several ranks (sp_degree)")
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)
@@ -179,19 +196,24 @@ def _load(
     if device.type == "cpu":
         torch.set_num_threads(engine_config.num_threads or max(1, count_cores() // num_sharing))
     loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed, adapter=adapter)
-    if shards is not None:
+    if shards is not None and method is None:
         backend = ShardedAttention(backend, shards.group.on_device(device), timeout_s=shards.timeout_s)
     decoder, below = PackedDecoder(loaded, backend), None
     if not isinstance(method, LandmarkSpec):
         decoder.rotary.reserve(max_context)
     layout = replace(decoder.layout(page_size), has_landmark=isinstance(method, LandmarkSpec))
-    world_size = 1 if shards is None else shards.group.world_size
+    world_size = 1 if shards is None or isinstance(method, CCASpec) else shards.group.world_size
     context_pages = layout.num_pages(max_context)
     if isinstance(method, CCASpec):
-        context_pages = count_context_pages(method, engine_config, page_size, max_context)
+        wide = engine_config if shards is None else _widen(engine_config, shards)
+        context_pages = count_context_pages(method, wide, page_size, max_context)
         below = _make_below(attention, layout, device=device, max_context=max_context)
         fetch = None if below is None else CoreFetch(attention.core_fetch, below)
-        decoder.backend = CoreAttention(backend, loaded.rotary, method, fetch=fetch)
+        if shards is None:
+            decoder.backend = CoreAttention(backend, loaded.rotary, method, fetch=fetch)
+        else:
+            carrier = shards.group.on_device(device)
+            decoder.backend = SharedCoreAttention(backend, loaded.rotary, method, carrier, timeout_s=shards.timeout_s)
     num_pages = count_pages(
         engine_config,
         layout,
@@ -232,6 +254,15 @@ def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
         pages_per_rank=parts.pool.num_pages,
         choice=shards.choice,
     )
+
+
+def _make_core_rank(parts: _Parts, shards: ShardGroup) -> CoreRank:
+    return CoreRank(parts.decoder, parts.pool, rank=shards.group.rank, world_size=shards.group.world_size)
+
+
+def _widen(config: EngineConfig, shards: ShardGroup) -> EngineConfig:
+    """Each rank computes ``max_batch_tokens`` of a step."""
+    return replace(config, max_batch_tokens=shards.group.world_size * config.max_batch_tokens)
 
 
 def _count_on_node(shards: ShardGroup) -> int:

@@ -1,5 +1,7 @@
 """CCA attention in the engine: what a request may ask for, how long contexts can be, and the parts that differ."""
 
+from collections.abc import Callable
+
 from longctx.attention.config import choose_sizes
 from longctx.engine.config import EngineConfig
 from longctx.engine.core_rows import CoreRows
@@ -31,6 +33,7 @@ class CoreMethod:
         config: of the engine.
         max_context: tokens that the model takes.
         below: where pages are kept that leave the window, for groups that are fetched; None: none are.
+        make_runner: what computes the steps; None: this process alone.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class CoreMethod:
         config: EngineConfig,
         max_context: int,
         below: LowerPages | None = None,
+        make_runner: Callable[[CoreRows], Runner] | None = None,
     ) -> None:
         pool, layout = cache.pool, cache.pool.layout
         assert isinstance(pool, PagePool)
@@ -69,7 +73,11 @@ class CoreMethod:
         )
         fetches = below is not None
         self.ships_kv = not fetches
-        self.runner: Runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device, fetches=fetches)
+        self.runner: Runner
+        if make_runner is not None:
+            self.runner = make_runner(rows)
+        else:
+            self.runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device, fetches=fetches)
 
     def sizes_of(self, request: GenerationRequest) -> CoreSizes:
         """Groups and window of a request; raises ``RequestError`` for what it must not ask for."""

@@ -77,17 +77,8 @@ class CoreRows(DecodeRows):
 
     def locate_tokens(self) -> None:
         count = len(self.sequences)
-        self.slots[:count] = self.locate(np.arange(count), self.positions[:count])
-
-    def locate(self, rows: Int64Array, positions: Int64Array) -> Int64Array:
-        """Slots of tokens at ``positions`` of the sequences of ``rows``; both of one shape."""
-        page_idx, offset = np.divmod(positions, self.page_size)
-        return self.tables[rows, page_idx - self.num_passed[rows]] * np.int64(self.page_size) + offset
-
-    def locate_cores(self, rows: Int64Array, core_idx: Int64Array) -> Int64Array:
-        """Slots of cores by their number in the sequence."""
-        page_idx, offset = np.divmod(core_idx, self.page_size)
-        return self.core_tables[rows, page_idx] * np.int64(self.page_size) + offset
+        rows, positions = np.arange(count), self.positions[:count]
+        self.slots[:count] = locate_entries(self.tables, rows, positions, self.page_size, self.num_passed)
 
     def lay_chunk(
         self, sequence: Sequence, start: int, stop: int, *, row: int, first_token: int
@@ -99,7 +90,9 @@ class CoreRows(DecodeRows):
         self.kv_lens[row] = stop
         self.tables[row, : len(sequence.pages)] = sequence.pages
         self._lay_cores(sequence, row)
-        self.slots[first_token:last_token] = self.locate(np.full(stop - start, row), positions)
+        rows = np.full(stop - start, row)
+        slots = locate_entries(self.tables, rows, positions, self.page_size, self.num_passed)
+        self.slots[first_token:last_token] = slots
         return positions
 
     def _lay_cores(self, sequence: Sequence, row: int) -> None:
@@ -108,6 +101,27 @@ class CoreRows(DecodeRows):
         self.core_tables[row, : len(cores.cores)] = cores.cores
         self.group_sizes[row], self.windows[row] = cores.sizes.group_size, cores.sizes.window
         self.num_passed[row] = cores.num_passed
+
+
+def locate_entries(
+    tables: npt.NDArray[np.int32],
+    rows: Int64Array,
+    idx: Int64Array,
+    page_size: int,
+    num_passed: Int64Array | None = None,
+) -> Int64Array:
+    """Slots of tokens or cores by their number in the sequence.
+
+    Args:
+        tables: pages of each sequence, one row each.
+        rows, idx: which sequence's, and which; of one shape.
+        page_size: entries of a page.
+        num_passed: pages of each sequence that its row does not have; None: it has all.
+    """
+    page_idx, offset = np.divmod(idx, page_size)
+    if num_passed is not None:
+        page_idx = page_idx - num_passed[rows]
+    return tables[rows, page_idx] * np.int64(page_size) + offset
 
 
 def first_tokens(positions: Int64Array, group_sizes: Int64Array, windows: Int64Array) -> Int64Array:

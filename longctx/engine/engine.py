@@ -9,6 +9,7 @@ KV arrives. Not thread-safe: ``EngineLoop`` runs it on one thread.
 import logging
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,7 +20,6 @@ from longctx.engine.continuation import Continuation
 from longctx.engine.core_method import CoreMethod
 from longctx.engine.export import KVExport, Reservation
 from longctx.engine.method import DenseMethod, EngineMethod
-from longctx.engine.rows import DecodeRows
 from longctx.engine.runner import Runner
 from longctx.engine.sampling import Sampler
 from longctx.engine.scheduler import Chunk
@@ -48,7 +48,7 @@ class Engine:
         config: batch and queue sizes.
         max_context: tokens of prompt and output together; lowered to what the pool holds.
         make_runner: what computes the steps, given the decoding sequences; None: this process alone.
-        cores: groups and windows of CCA attention, if that is the decoder's; this process alone.
+        cores: groups and windows of CCA attention, if that is the decoder's.
         below: where pages are kept that leave a window, if the decoder fetches groups again.
     """
 
@@ -60,7 +60,7 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig,
         max_context: int,
-        make_runner: Callable[[DecodeRows], Runner] | None = None,
+        make_runner: Callable[[Any], Runner] | None = None,
         cores: CCASpec | None = None,
         below: LowerPages | None = None,
     ) -> None:
@@ -72,7 +72,15 @@ class Engine:
                 decoder, self.cache, config=config, max_context=max_context, make_runner=make_runner
             )
         else:
-            self._method = CoreMethod(cores, decoder, self.cache, config=config, max_context=max_context, below=below)
+            self._method = CoreMethod(
+                cores,
+                decoder,
+                self.cache,
+                config=config,
+                max_context=max_context,
+                below=below,
+                make_runner=make_runner,
+            )
         self._rows, self._scheduler, self._runner = self._method.rows, self._method.scheduler, self._method.runner
         self._model_context, self.max_context = max_context, self._method.max_context
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)

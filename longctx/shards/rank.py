@@ -11,7 +11,7 @@ from longctx.shards.attention import ShardBatch, ShardedAttention
 from longctx.shards.exports import OwnPages, RankExports
 from longctx.shards.layout import StepLayout
 from longctx.shards.plans import PlanChoice, StepPlans
-from longctx.shards.step import Step
+from longctx.shards.step import Step, StepReader
 from memory.pages import PagePool
 
 
@@ -43,6 +43,10 @@ class ShardRank:
         self.exports = RankExports(self.own, num_layers=layout.num_layers, page_size=layout.page_size)
         self._attention = decoder.backend
         self._pages_per_rank, self._choice = pages_per_rank, choice
+
+    def make_reader(self) -> StepReader:
+        """Of what rank 0 tells."""
+        return StepReader()
 
     @torch.inference_mode()
     def compute(

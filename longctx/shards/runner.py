@@ -7,7 +7,9 @@ others               listen --> compute <-> compute ----> send rows
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +17,11 @@ import torch
 from longctx.engine.rows import DecodeRows
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import Sequence
+from longctx.models.packed import PackedDecoder
+from longctx.shards.exports import RankExports
 from longctx.shards.rank import ShardRank
-from longctx.shards.step import Segment, Step, StepReader, StepWriter
+from longctx.shards.step import Segment, Step, StepWriter
+from memory.pages import PagePool
 from memory.sharded_pages import ShardedPages
 from parallel.carrier import ExchangeError
 from parallel.gloo_group import GlooGroup
@@ -28,23 +33,35 @@ IDLE = b""
 SILENCES = 4  # idle messages in the time after which rank 0 counts as lost
 
 
-class ShardRunner:
+class Rank(Protocol):
+    """One rank's part: ``ShardRank``, or ``CoreRank`` under CCA attention."""
+
+    decoder: PackedDecoder
+    pool: PagePool
+    rank: int
+    exports: RankExports
+
+    def make_reader(self) -> Any:
+        """What reads the steps that rank 0 tells."""
+        ...
+
+    def compute(self, step: Any, on_layer: Callable[[int], None] | None = None) -> tuple[torch.Tensor, list[list[int]]]:
+        """See ``ShardRank.compute``."""
+        ...
+
+
+class GroupRunner(ABC):
     """Rank 0's runner, for ``longctx.engine.engine.Engine``.
 
     Args:
         rank: this rank's part.
-        pages: what rank 0 allocates.
         group: all ranks.
-        rows: the decoding sequences.
         timeout_s: after which a silent rank 0 counts as lost.
     """
 
-    def __init__(
-        self, rank: ShardRank, pages: ShardedPages, group: GlooGroup, *, rows: DecodeRows, timeout_s: float
-    ) -> None:
-        self._rank, self._pages, self._group, self._rows = rank, pages, group, rows
+    def __init__(self, rank: Rank, group: GlooGroup, *, timeout_s: float) -> None:
+        self._rank, self._group = rank, group
         self.pool = rank.pool
-        self._writer = StepWriter()
         self._is_broken = False  # a step or a message failed: ranks may be anywhere in it
         self._idle_s, self._told_at = timeout_s / SILENCES, time.monotonic()
 
@@ -62,11 +79,13 @@ class ShardRunner:
         self._is_broken = False
         return logits
 
+    @abstractmethod
+    def _make_step(self, chunks: list[Chunk]) -> tuple[Any, bytes]:
+        """The next step, for ``Rank.compute``, and as bytes for its reader."""
+
     def _run(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None) -> torch.Tensor:
-        segments = [self._decode_segment(row, sequence) for row, sequence in enumerate(self._rows.sequences)]
-        segments += [_chunk_segment(chunk) for chunk in chunks]
-        step = Step(tuple(segments), tuple(self._pages.take_copies()))
-        self._tell(self._writer.write(step))
+        step, data = self._make_step(chunks)
+        self._tell(data)
         own, rows_of = self._rank.compute(step, on_layer)
         parts = self._group.gather_rows(own.cpu().contiguous(), [len(rows) for rows in rows_of])
         hidden = torch.cat(parts).to(own.device)
@@ -93,6 +112,28 @@ class ShardRunner:
         self._group.tell(data)
         self._told_at = time.monotonic()
 
+
+class ShardRunner(GroupRunner):
+    """Of ranks that have pages of their own each.
+
+    Args:
+        rank, group, timeout_s: see the base class.
+        pages: what rank 0 allocates.
+        rows: the decoding sequences.
+    """
+
+    def __init__(
+        self, rank: ShardRank, pages: ShardedPages, group: GlooGroup, *, rows: DecodeRows, timeout_s: float
+    ) -> None:
+        super().__init__(rank, group, timeout_s=timeout_s)
+        self._pages, self._rows, self._writer = pages, rows, StepWriter()
+
+    def _make_step(self, chunks: list[Chunk]) -> tuple[Step, bytes]:
+        segments = [self._decode_segment(row, sequence) for row, sequence in enumerate(self._rows.sequences)]
+        segments += [_chunk_segment(chunk) for chunk in chunks]
+        step = Step(tuple(segments), tuple(self._pages.take_copies()))
+        return step, self._writer.write(step)
+
     def _decode_segment(self, row: int, sequence: Sequence) -> Segment:
         start = int(self._rows.positions[row])
         return Segment(
@@ -107,10 +148,10 @@ class ShardRunner:
         )
 
 
-def follow(rank: ShardRank, group: GlooGroup, *, timeout_s: float) -> None:
+def follow(rank: Rank, group: GlooGroup, *, timeout_s: float) -> None:
     """Another rank's life: compute what rank 0 tells, until it says end. Raises ``ExchangeError`` if a rank is lost."""
     torch.set_num_threads(torch.get_num_threads())  # OpenMP's own count belongs to a thread: oneDNN asks for that
-    reader = StepReader()
+    reader = rank.make_reader()
     while True:
         data = group.listen(timeout_s)
         if data == END:
@@ -124,7 +165,7 @@ def follow(rank: ShardRank, group: GlooGroup, *, timeout_s: float) -> None:
 
 
 def follow_on_thread(
-    rank: ShardRank, group: GlooGroup, *, timeout_s: float, on_end: Callable[[str], None], name: str
+    rank: Rank, group: GlooGroup, *, timeout_s: float, on_end: Callable[[str], None], name: str
 ) -> threading.Thread:
     """``follow`` on a thread of its own; ``on_end`` gets the reason it ended, empty if rank 0 said so."""
 

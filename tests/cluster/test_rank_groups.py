@@ -41,6 +41,24 @@ def test_text_is_that_of_one_engine(folder, transport, prefill_ranks, decode_ran
     assert min(shipped) > 0.5 * max(shipped), shipped  # each ships its own share
 
 
+def test_ranks_under_cca_ship_once(tmp_path):
+    """Every rank has all of it: rank 0 ships, the others say that they are done."""
+    entry = {"name": "cca", "group_size": 4, "window": 20}
+    config = make_config(make_checkpoint(tmp_path, "llama", longctx_attention=entry), prefill_ranks=2)
+    requests = make_requests()
+    expected = generate_alone(config, requests)
+
+    async def serve():
+        async with start_cluster(config) as cluster:
+            answers = await asyncio.gather(*(cluster.answer(request) for request in requests))
+            (rank,) = cluster.ranks["prefill-0"]
+            return answers, [sender.bytes_shipped for sender in rank._senders.values()]
+
+    answers, shipped = asyncio.run(serve())
+    assert [[d.token_ids for d in answer] for answer in answers] == [[d.token_ids for d in e] for e in expected]
+    assert shipped == [0]
+
+
 def test_a_cached_prefix_is_shipped_by_those_who_hold_it(folder):
     prefix = make_prompt(1, 160)
     config = make_config(folder, prefill_ranks=2, num_decode=2)

@@ -135,7 +135,7 @@ def test_a_client_that_leaves_costs_nothing(idle, prompt, busy, stream):
     wait_until(idle.is_idle, 3.0, idle.status)  # about half a second on an idle machine
 
 
-@pytest.mark.parametrize("name", WORKERS)
+@pytest.mark.parametrize("name", [pytest.param("prefill-0", marks=pytest.mark.slow), "decode-0"])
 def test_a_killed_worker_is_replaced(idle, name):
     """Whoever was waiting is answered, with tokens or a 503 in the API's shape; the worker comes back by itself."""
     jobs = [(DOCUMENT[i * 50 : i * 50 + length], i % 2 == 0) for i, length in enumerate((90, 11000, 100, 12000, 13000))]
@@ -169,6 +169,7 @@ def test_a_killed_worker_is_replaced(idle, name):
     assert idle.post(COMPLETIONS, prompt=DOCUMENT[:2000], max_tokens=4).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_killed_endpoint_is_replaced(idle):
     """Serve starts it again; the workers, which go on, give up what was asked before."""
     processes = psutil.Process(idle.process.pid).children(recursive=True)

@@ -15,7 +15,7 @@ TIMEOUT_S = 60.0
 
 
 @contextmanager
-def sharded_engine(folder, world_size, *, plan="auto", timeout_s=TIMEOUT_S, ends_well=True, **options):
+def sharded_engine(folder, world_size, *, plan="auto", method=None, timeout_s=TIMEOUT_S, ends_well=True, **options):
     """Rank 0's engine; the others follow until the block ends. ``engine.lose_rank`` ends one as a dead process does."""
     model_options = {name: options.pop(name) for name in ("attention", "max_context", "adapter") if name in options}
     model_config = ModelConfig(path=str(folder), device="cpu", **model_options)
@@ -32,7 +32,7 @@ def sharded_engine(folder, world_size, *, plan="auto", timeout_s=TIMEOUT_S, ends
     def start(rank):
         try:
             shards = make_shards(rank)
-            part = build_rank(model_config, config, shards)
+            part = build_rank(model_config, config, shards, attention=method)
             threads.append(
                 follow_on_thread(part, shards.group, timeout_s=timeout_s, on_end=ends.append, name=f"rank-{rank}")
             )
@@ -42,7 +42,7 @@ def sharded_engine(folder, world_size, *, plan="auto", timeout_s=TIMEOUT_S, ends
     starters = [threading.Thread(target=start, args=(rank,)) for rank in range(1, world_size)]
     for starter in starters:
         starter.start()
-    engine = build_engine(model_config, config, shards=make_shards(0))
+    engine = build_engine(model_config, config, attention=method, shards=make_shards(0))
     for starter in starters:
         starter.join()
     assert not failures, failures

@@ -70,9 +70,9 @@ def check(rank, world_size, _, folder, layout, plan, checkpointing):
     [
         ("llama", 1, "balanced", "auto", False),
         ("llama", 2, "balanced", "token_ring", False),
-        ("llama", 3, "zigzag", "kv_ring", True),
-        ("mistral", 3, "striped", "auto", False),
-        ("qwen3", 2, "contiguous", "ulysses", True),
+        pytest.param("llama", 3, "zigzag", "kv_ring", True, marks=pytest.mark.slow),
+        pytest.param("mistral", 3, "striped", "auto", False, marks=pytest.mark.slow),
+        pytest.param("qwen3", 2, "contiguous", "ulysses", True, marks=pytest.mark.slow),
         ("dynamic", 2, "balanced", "auto", True),
     ],
 )

@@ -176,6 +176,7 @@ def live_idle(rank, world_size, folder, checkpoint):
     return token_ids
 
 
+@pytest.mark.slow
 def test_idle_ranks_hear_that_rank_0_lives(llama):
     told, _ = run_ranks(live_idle, 2, llama)
     assert told == generate(make_engine(llama, page_size=16), [make_request("r", list(range(1, 60)))])["r", 0]

@@ -109,7 +109,7 @@ def attend_over_gloo(rank, world_size, folder, cells, plans):
     return True
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_nccl_carrier_needs_no_tags(world_size):
     cells = CELLS[:: 14 if world_size == 4 else 21]
     assert run_ranks(attend_over_gloo, world_size, cells, list(PLANS)) == [True] * world_size

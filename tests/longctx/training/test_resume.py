@@ -154,6 +154,7 @@ def test_a_request_to_stop_saves(tmp_path, losses_of_two):
     assert read_losses(output) == losses_of_two
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_end_the_training(tmp_path):
     output = tmp_path / "run"
     set_faults(output, {"rank": 1, "moment": "full", "step": 4}, {"attempt": 1, "moment": "full", "step": 9})
@@ -165,6 +166,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path):
         run_world(longer, body=BODY, restart=1)
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_is_not_of_is_named(tmp_path):
     output = tmp_path / "run"
     run_world(make_config(output, "train.num_steps=2", NO_EXPORT))
@@ -228,6 +230,7 @@ def run_supervised_once(config):
     )
 
 
+@pytest.mark.slow
 def test_the_best_are_told_by_one_measure(tmp_path):
     """A checkpoint of a step without an evaluation is evaluated; training losses are not compared with it."""
     output = tmp_path / "run"

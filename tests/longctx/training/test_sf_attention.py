@@ -112,7 +112,7 @@ def test_one_rank_is_exact(heads, config):
     assert compare(0, 1, "", [(config, heads, documents, "balanced", "auto") for documents in DOCUMENTS]) == 2
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_are_exact_with_every_plan_and_layout(world_size):
     cases = [
         (CONFIGS[idx % 3], list(HEADS)[idx % 4], list(DOCUMENTS)[idx % 2], LAYOUTS[(idx + idx // 4) % 4], plan)
@@ -188,7 +188,9 @@ def train(rank, world_size, _folder, checkpoint, checkpointing):
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("checkpointing", ["", "kept", pytest.param("anew", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpointing", ["kept", *(pytest.param(value, marks=pytest.mark.slow) for value in ("", "anew"))]
+)
 def test_a_model_trains_with_it_and_is_dense_at_evaluation(tmp_path, checkpointing):
     checkpoint = str(make_checkpoint(tmp_path / "model", "llama"))
     loss, dense, expected = train(0, 1, "", checkpoint, "")

@@ -114,7 +114,7 @@ def test_mistakes_are_named():
             attend(*(x.repeat(2, 1, 1, 1) for x in (q, k, v)), **arguments)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_are_exact_in_every_layout(world_size):
     cases = [
         (case, list(HEADS)[(index + place) % 2], documents, LAYOUTS[(index + place) % 4])

@@ -79,6 +79,7 @@ def check_ranks(folder: Path, zero_stage: int, plans: tuple[str, ...]) -> None:
         check_equal(found, alone)
 
 
+@pytest.mark.slow
 def test_ranks_train_as_one_does(tmp_path):
     check_ranks(tmp_path, 3, ("token_ring",))
 

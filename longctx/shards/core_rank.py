@@ -1,0 +1,137 @@
+"""One rank under CCA attention: the same pages as every other, and its part of each step's tokens."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from longctx.engine.core_step import CoreStep, lay_cores
+from longctx.models.packed import PackedDecoder
+from longctx.shards.core_attention import CoreShare, CoreShareBatch, SharedCoreAttention
+from longctx.shards.exports import OwnPages, RankExports
+from longctx.shards.step import Segment
+from memory.pages import PagePool
+
+_ARRAYS = tuple(field.name for field in fields(CoreStep) if field.name != "page_size")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CoreRankStep:
+    """What rank 0 tells.
+
+    ``exports``: requests whose prompt ends in the step and is shipped. Rank 0 has all of it and ships it alone, but
+    every rank tells the receiver that it is done.
+    """
+
+    arrays: CoreStep
+    copies: tuple[tuple[int, int], ...] = ()  # of pages, made before
+    exports: tuple[str, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """For ``RankExports``: no pages."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return tuple(Segment(0, 0, 0, True, 0, name, nothing, nothing.astype(np.int32)) for name in self.exports)
+
+    def write(self) -> bytes:
+        """For ``CoreStepReader.read``."""
+        arrays = [np.ascontiguousarray(getattr(self.arrays, name), dtype="<i8") for name in _ARRAYS]
+        shapes = [array.shape for array in arrays]
+        head = json.dumps([self.arrays.page_size, shapes, self.copies, self.exports], separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        return len(head).to_bytes(8, "little") + head + b"".join(array.tobytes() for array in arrays)
+
+
+class CoreStepReader:
+    """The other ranks' side."""
+
+    def read(self, data: bytes) -> CoreRankStep:
+        """The inverse of ``CoreRankStep.write``."""
+        end = 8 + int.from_bytes(data[:8], "little")
+        page_size, shapes, copies, exports = json.loads(data[8:end])
+        numbers, place, arrays = np.frombuffer(data, dtype="<i8", offset=end), 0, []
+        for shape in shapes:
+            count = int(np.prod(shape))
+            arrays.append(numbers[place : place + count].reshape(shape))
+            place += count
+        return CoreRankStep(
+            CoreStep(page_size, *arrays), tuple((source, target) for source, target in copies), tuple(exports)
+        )
+
+
+class CoreRank:
+    """Runs the model on this rank's tokens; the interface is ``ShardRank``'s.
+
+    Args:
+        decoder: the model, its backend a ``SharedCoreAttention``.
+        pool: this rank's pages.
+        rank, world_size: which of how many.
+    """
+
+    def __init__(self, decoder: PackedDecoder, pool: PagePool, *, rank: int, world_size: int) -> None:
+        assert isinstance(decoder.backend, SharedCoreAttention)
+        self.decoder, self.pool, self.rank, self.world_size = decoder, pool, rank, world_size
+        self.exports = RankExports(OwnPages(), num_layers=pool.layout.num_layers, page_size=pool.layout.page_size)
+        self._attention = decoder.backend
+
+    def make_reader(self) -> CoreStepReader:
+        """Of what rank 0 tells."""
+        return CoreStepReader()
+
+    @torch.inference_mode()
+    def compute(
+        self, step: CoreRankStep, on_layer: Callable[[int], None] | None = None
+    ) -> tuple[torch.Tensor, list[list[int]]]:
+        """As ``ShardRank.compute``."""
+        if self.rank:  # rank 0 has made them when it scheduled
+            for source, target in step.copies:
+                self.pool.copy_page(source, target)
+        arrays = step.arrays
+        borders = tuple(len(arrays.positions_T) * rank // self.world_size for rank in range(self.world_size + 1))
+        owners = np.searchsorted(borders, arrays.logit_rows_R, side="right") - 1
+        rows_of = [np.flatnonzero(owners == rank).tolist() for rank in range(self.world_size)]
+        batch = self._lay_out(arrays, borders, on_layer)
+        if len(batch.input_ids_T):
+            return self.decoder.hidden(batch), rows_of
+        for shape in self.decoder.attention_shapes:
+            no_queries = torch.empty((0, shape.num_heads, shape.head_dim), dtype=self.decoder.dtype)
+            self._attention.share(no_queries.to(self.decoder.device), shape, batch)
+            if on_layer is not None:
+                on_layer(shape.layer_idx)
+        return self.decoder.no_hidden(), rows_of
+
+    def _lay_out(
+        self, step: CoreStep, borders: Sequence[int], on_layer: Callable[[int], None] | None
+    ) -> CoreShareBatch:
+        own = slice(*borders[self.rank : self.rank + 2])
+        group_size_T = step.group_sizes_B[step.row_T]
+        ending_E = np.flatnonzero((step.positions_T + 1) % group_size_T == 0)
+        share = CoreShare(
+            tuple(borders),
+            self._upload(step.slots_T, torch.int64),
+            self._upload(ending_E, torch.int64),
+            tuple(np.searchsorted(ending_E, borders).tolist()),
+        )
+        cores = lay_cores(step, self._upload, own=own)
+        logit_rows = step.logit_rows_R[(step.logit_rows_R >= own.start) & (step.logit_rows_R < own.stop)]
+        cu_seqlens_B1 = cores.near.cu_seqlens_B1
+        return CoreShareBatch(
+            input_ids_T=self._upload(step.input_ids_T[own], torch.int64),
+            positions_T=self._upload(step.positions_T[own], torch.int64),
+            slots_T=share.slots_S[own],
+            cu_seqlens_B1=cu_seqlens_B1,
+            kv_lens_B=torch.zeros(len(cu_seqlens_B1) - 1, dtype=torch.int32, device=cu_seqlens_B1.device),
+            block_tables_BP=cores.near.block_tables_BP,
+            logit_rows_R=self._upload(logit_rows - own.start, torch.int64),
+            max_q_len=int(cu_seqlens_B1.diff().max()) if len(cu_seqlens_B1) > 1 else 0,
+            max_kv_len=int(step.kv_lens_B.max()),
+            pool=self.pool,
+            on_layer=on_layer,
+            cores=cores,
+            share=share,
+        )
+
+    def _upload(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(array, dtype=dtype).to(self.decoder.device, non_blocking=True)

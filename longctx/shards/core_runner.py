@@ -1,0 +1,34 @@
+"""Rank 0's runner under CCA attention: lays a step out as for one rank, and tells it to all."""
+
+from longctx.engine.core_rows import CoreRows
+from longctx.engine.core_runner import CoreRunner
+from longctx.engine.scheduler import Chunk
+from longctx.shards.core_rank import CoreRank, CoreRankStep
+from longctx.shards.runner import GroupRunner
+from parallel.gloo_group import GlooGroup
+
+
+class CoreGroupRunner(GroupRunner):
+    """Of ranks that have the same pages all.
+
+    Args:
+        rank, group, timeout_s: see the base class.
+        rows: the decoding sequences.
+    """
+
+    def __init__(self, rank: CoreRank, group: GlooGroup, *, rows: CoreRows, timeout_s: float) -> None:
+        super().__init__(rank, group, timeout_s=timeout_s)
+        self._rows = rows
+        self._layout = CoreRunner(rank.decoder, rank.pool, rows=rows, device=rank.decoder.device)
+        self._copies = rank.pool.copies = []
+
+    def _make_step(self, chunks: list[Chunk]) -> tuple[CoreRankStep, bytes]:
+        self._rows.locate_tokens()
+        exports = tuple(
+            chunk.sequence.active.request_id
+            for chunk in chunks
+            if chunk.is_last and chunk.sequence.active.export is not None
+        )
+        step = CoreRankStep(self._layout.lay_step(chunks)[1], tuple(self._copies), exports)
+        self._copies.clear()
+        return step, step.write()
