@@ -12,6 +12,7 @@ from cluster.preflight import check
 from cluster.serving import ServedModel
 from longctx.cli.stop_signals import STOP_SIGNALS, ForcedStop
 from longctx.errors import LongctxError
+from longctx.models.checkpoint import SHIPPED
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _describe(config: ServeConfig) -> str:
     """What is being started, and where, in a few words."""
     cluster = config.cluster
     where = "a Ray of its own on this machine" if config.ray.address is None else f"the Ray at {config.ray.address}"
-    what = "the model that ships with longctx" if config.model.path == "demo" else config.model.path
+    what = f"{config.model.path}, which ships with longctx" if config.model.path in SHIPPED else config.model.path
     workers = f"{cluster.num_prefill_workers} prefill and {cluster.num_decode_workers} decode workers"
     return f"{what}, for {workers} on {where}"
 

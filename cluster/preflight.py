@@ -13,7 +13,7 @@ from cluster.serving import ServedModel, describe_model
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.config import choose_method
 from longctx.errors import ConfigError
-from longctx.models.checkpoint import inspect_checkpoint
+from longctx.models.checkpoint import absolute_path, inspect_checkpoint
 from parallel.links import load_links
 from parallel.option import parse_budget
 
@@ -25,7 +25,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     """
     path, adapter = config.model.path, config.model.adapter
     absolute = {
-        "path": path if path == "demo" else os.path.abspath(path),
+        "path": absolute_path(path),
         "adapter": None if adapter is None else os.path.abspath(adapter),
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))

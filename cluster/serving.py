@@ -133,7 +133,7 @@ def describe_model(spec: ModelSpec, config: ModelConfig) -> ServedModel:
     """The model of a checked checkpoint, served from now on; raises ``ConfigError`` if its context is too long."""
     recommended = {name: value for name, value in dataclasses.asdict(spec.sampling).items() if value is not None}
     return ServedModel(
-        name=config.name or ("demo" if config.path == "demo" else spec.name),
+        name=config.name or spec.name,
         created=int(time.time()),
         max_context=choose_context(spec, config.max_context),
         vocab_size=spec.vocab_size,

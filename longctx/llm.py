@@ -30,7 +30,7 @@ class LLM:
     """A model to generate with.
 
     Args:
-        model: Hugging Face checkpoint folder, or ``demo``.
+        model: Hugging Face checkpoint folder, or a model that ships: ``demo``, ``demo_landmark``, ``demo_cca``.
         model_config: more about the model; its ``path`` is used unless ``model`` is given, too.
         engine_config: pages, batches and queues.
         attention_config: which attention method runs, and how.

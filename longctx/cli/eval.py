@@ -26,7 +26,7 @@ from longctx.evaluation.store import ResultStore, check_folder
 from longctx.evaluation.summary import list_cells, make_grids, make_rows
 from longctx.evaluation.target import Target
 from longctx.evaluation.wording import STYLES
-from longctx.models.checkpoint import choose_context, inspect_checkpoint
+from longctx.models.checkpoint import SHIPPED, choose_context, inspect_checkpoint
 
 EXIT_INTERRUPTED = 130
 SAMPLE_CHARS = 20_000  # of the haystack, to see how many characters a token has
@@ -55,7 +55,7 @@ def evaluate(config: EvalCommandConfig) -> int:
 
 
 def _evaluate(options: EvalConfig, target: Target, text: TextHaystack | None, folder: Path) -> int:
-    style = options.style if options.style != "auto" else "demo" if target.name == DEFAULT_MODEL else "plain"
+    style = options.style if options.style != "auto" else "demo" if target.name in SHIPPED else "plain"
     haystack = text if options.haystack == "text" else FillerHaystack()
     assert haystack is not None
     material = _make_material(options, target, haystack, style)

@@ -10,6 +10,7 @@ from typing import Any
 
 from longctx.cli.stop_signals import ask_on_signals
 from longctx.errors import ConfigError, LongctxError
+from longctx.models.checkpoint import absolute_path
 from longctx.training.config import TrainConfig
 from longctx.training.data.sources import DEMO_NAMES
 from longctx.training.gang import StoppedError
@@ -81,8 +82,7 @@ def _prepare(config: TrainConfig) -> TrainConfig:
     """The configuration as ranks get it, checked: with absolute paths, and the launcher chosen."""
     check_config(config)
     model, data, parallel = config.model, config.data, config.parallel
-    if model.path != "demo":
-        model = dataclasses.replace(model, path=os.path.abspath(model.path))
+    model = dataclasses.replace(model, path=absolute_path(model.path))
     paths = {name: _absolute(getattr(data, name)) for name in ("path", "eval_path", "chat_template")}
     cluster, has_ray = config.cluster, find_spec("ray") is not None
     if cluster.launcher == "auto":

@@ -6,6 +6,7 @@ Left out: quantised weights, mixture-of-experts, vision, encoder-decoder models,
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from longctx.models.families import FAMILIES, expected_shapes
 from longctx.models.rope_config import count_context, read_rope
 from longctx.models.tensor_files import TensorEntry, check_tensors, read_json, read_tensor_entries
 
-DEMO_FOLDER = Path(__file__).parent / "demo"
+SHIPPED = ("demo", "demo_landmark", "demo_cca")  # models that ship with longctx, by name
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 LANDMARK_CONTEXT = 1 << 20  # tokens, unless model.max_context says otherwise or memory is too small
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -66,8 +67,13 @@ class ModelSpec:
         return self.attention.landmark_token_id if isinstance(self.attention, LandmarkSpec) else None
 
 
+def absolute_path(path: str) -> str:
+    """A checkpoint folder's path for processes that run elsewhere; names of models that ship stay as they are."""
+    return path if path in SHIPPED else os.path.abspath(path)
+
+
 def inspect_checkpoint(path: str | Path, *, require_weights: bool = True) -> ModelSpec:
-    """Read and check the checkpoint folder ``path``; ``"demo"`` is the model that ships with longctx.
+    """Read and check the checkpoint folder ``path``; the names in ``SHIPPED`` are the models that ship with longctx.
 
     Args:
         path: a Hugging Face folder.
@@ -76,7 +82,7 @@ def inspect_checkpoint(path: str | Path, *, require_weights: bool = True) -> Mod
     Raises:
         CheckpointError: naming the folder, the file or field, and why it cannot be served.
     """
-    folder = DEMO_FOLDER if str(path) == "demo" else Path(path).expanduser()
+    folder = Path(__file__).parent / path if str(path) in SHIPPED else Path(path).expanduser()
     _check_folder(folder)
     config = read_json(folder / "config.json")
     family = _check_family(folder, config)
