@@ -7,6 +7,7 @@ Shape legend: T tokens, S rows of ranges, H query heads, K KV heads, D head dim,
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 
@@ -69,6 +70,10 @@ class AttentionBackend(ABC):
             Output, float32 ``[S, H, D]``, and the natural logarithm of the sum of ``exp(scale * q . k)``, float32
             ``[S, H]``. A row that sees nothing is zeros and minus infinity.
         """
+        if has_paged_kernels(q_SHD.device):
+            from longctx.attention.triton_paged import attend_ranges_with_triton
+
+            return attend_ranges_with_triton(q_SHD, shape, ranges, pool, first_kv_head=first_kv_head)
         return attend_key_ranges(q_SHD, shape, ranges, pool, first_kv_head=first_kv_head)
 
     def attend_pages(self, q_SD: torch.Tensor, shape: AttentionShape, seen: HeadPages, pool: PagePool) -> torch.Tensor:
@@ -78,6 +83,10 @@ class AttentionBackend(ABC):
             q_SD: the rows of ``seen``.
             shape: of the layer; its window is not looked at.
         """
+        if has_paged_kernels(q_SD.device):
+            from longctx.attention.triton_paged import attend_pages_with_triton
+
+            return attend_pages_with_triton(q_SD, shape, seen, pool)
         out_SD = q_SD.new_empty(q_SD.shape, dtype=torch.float32)
         one_head, counts_B = replace(shape, num_heads=1, num_kv_heads=1), seen.cu_seqlens_B1.diff()
         head_S = seen.kv_heads_B.repeat_interleave(counts_B.long(), output_size=len(q_SD))
@@ -135,6 +144,11 @@ class AttentionBackend(ABC):
         """``silu(gate) * up`` of ``[T, 2 * I]`` (gate first); returns ``[T, I]``."""
         gate, up = gate_up_TC.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
+
+
+def has_paged_kernels(device: torch.device) -> bool:
+    """Whether ``triton_paged.py`` runs: on GPUs where Triton is installed, which torch's CUDA builds see to."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[3]
-METHODS = ("landmark", "cca")
+METHODS = ("landmark", "cca", "paged")
 MOST = {"float32": 2e-6, "bfloat16": 2e-2}  # of a whole tensor's norm
 
 
