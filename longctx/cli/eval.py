@@ -45,6 +45,7 @@ def evaluate(config: EvalCommandConfig) -> int:
         raise ConfigError(
             f"eval.tasks holds {named}, which needs log probabilities of a given text: without eval.endpoint only"
         )
+    _check_shared(options)
     target = _open_endpoint(config) if options.endpoint is not None else _open_model(config)
     try:
         _check_lengths(options.lengths, target.name, target.max_context)
@@ -133,6 +134,15 @@ def _open_endpoint(config: EvalCommandConfig) -> Target:
         concurrency=options.concurrency,
         timeout_s=options.timeout_s,
     )
+
+
+def _check_shared(options: EvalConfig) -> None:
+    if options.share_text and len(options.depths) > options.num_distractors + 1:
+        raise ConfigError(
+            f"eval.share_text=true is not allowed with {len(options.depths)} eval.depths and eval.num_distractors="
+            f"{options.num_distractors}: a text has one fact for each depth; eval.num_distractors="
+            f"{len(options.depths) - 1} or more"
+        )
 
 
 def _check_text(options: EvalConfig) -> None:

@@ -20,6 +20,7 @@ class TaskOptions:
     thread_direction: str
     num_threads: int
     num_chains: int
+    shared_depths: tuple[int, ...] = ()  # where the facts stand that prompts of one text ask for; (): each has its own
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -74,6 +75,11 @@ class EvalConfig:
         "auto", "ask as a chat's user; auto: if the model has a chat template", choices=("auto", "true", "false")
     )
     num_distractors: int = option(4, "other facts of multi_key, multi_value, multi_query", minimum=0)
+    share_text: bool = option(
+        False,
+        "multi_key: prompts that differ in depth alone ask for facts of one text, which a prefix cache computes once; "
+        "eval.num_distractors + 1 depths at most",
+    )
     num_needles: int = option(4, "values asked for in multi_*, multiple_needles, conditional_needles", minimum=1)
     thread_length: int = option(4, "pairs of a thread, copies of a chain in variable_tracking", minimum=1)
     thread_direction: str = option("forward", "where a thread's next pair stands", choices=THREAD_DIRECTIONS)
@@ -103,4 +109,5 @@ class EvalConfig:
             thread_direction=self.thread_direction,
             num_threads=self.num_threads,
             num_chains=self.num_chains,
+            shared_depths=tuple(self.depths) if self.share_text else (),
         )

@@ -69,6 +69,26 @@ def ask_about(
     return fit(render, material, cell.length, first=num_chars)
 
 
+def ask_one_text(
+    cell: Cell,
+    material: Material,
+    sentences: Sequence[tuple[float, str]],
+    make_cases: Sequence[Callable[[str], Case]],
+    *,
+    asked: int,
+) -> Case:
+    """As ``ask_about``, with the same text whichever of ``make_cases`` is asked for: all of them fit."""
+    longest = max(make_cases, key=lambda make: material.measure((case := make("")).prompt, case.lead))
+    texts: dict[str, str] = {}
+
+    def make_longest(text: str) -> Case:
+        case = longest(text)
+        texts[case.prompt] = text
+        return case
+
+    return make_cases[asked](texts[ask_about(cell, material, sentences, make_longest).prompt])
+
+
 def spread(rng: random.Random, num_places: int, count: int) -> list[int]:
     """``count`` different places of ``num_places``, in order."""
     return sorted(rng.sample(range(num_places), count))

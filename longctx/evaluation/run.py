@@ -27,7 +27,10 @@ def list_cells(config: EvalConfig, name: str, length: int) -> list[Cell]:
     """All prompts of one task at one length, depth by depth."""
     depths = config.depths if TASKS.get(name).has_depth else [None]
     indices = range(config.first_prompt, config.first_prompt + config.num_prompts)
-    return [Cell(name, length, depth, index, config.seed) for depth in depths for index in indices]
+    pairs = [(depth, index) for depth in depths for index in indices]
+    if config.share_text:  # those of one text one after the other
+        pairs = [(depth, index) for index in indices for depth in depths]
+    return [Cell(name, length, depth, index, config.seed) for depth, index in pairs]
 
 
 def is_text_task(name: str) -> bool:

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_facts_stand_in_the_text_once(task, style, haystack):
     assert len(set(case.expected)) == len(case.expected) == (1 if task in ("passkey", "multi_key") else 4)
     text = HAYSTACKS[haystack]
     assert not any(text.holds(value) for value in case.expected)
+
+
+def test_prompts_of_one_text_differ_in_what_they_ask_for():
+    depths = (0, 30, 70, 100)
+    material = make_material()
+    material = replace(material, options=replace(material.options, num_distractors=5, shared_depths=depths))
+    cases = [make("multi_key", material, length=4096, depth=depth) for depth in depths]
+    texts = {case.prompt.rpartition("\n\n")[0] for case in cases}
+    assert len(texts) == 1 and len({case.prompt for case in cases}) == len(depths)
+    (text,) = texts
+    for depth, case in zip(depths, cases, strict=True):
+        place = text.index(case.expected[0]) / len(text)
+        assert abs(place - depth / 100) < 0.08
+    other = make("multi_key", material, length=4096, depth=30, index=1)
+    assert other.prompt.rpartition("\n\n")[0] not in texts
 
 
 @pytest.mark.parametrize("haystack", HAYSTACKS)
