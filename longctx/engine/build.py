@@ -15,10 +15,11 @@ from longctx.attention.config import AttentionConfig, choose_method, warn_untrai
 from longctx.attention.core_fetch import CoreFetch
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig
-from longctx.engine.core_method import count_context_pages
+from longctx.engine.core_method import CoreMethod, count_context_pages
 from longctx.engine.engine import Engine
 from longctx.engine.landmark_build import choose_for_blocks, make_near_runner, make_tiers, take_landmarks
 from longctx.engine.lower_tier import make_store
+from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.page_budget import count_cores, count_pages
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
@@ -36,7 +37,7 @@ from longctx.shards.rank import ShardRank
 from longctx.shards.runner import Rank, ShardRunner
 from memory.layout import KVLayout
 from memory.lower_pages import LowerPages
-from memory.pages import DTYPES, PagePool
+from memory.pages import DTYPES, PageAllocator, PagePool
 from memory.sharded_pages import ShardedPages
 from memory.tiered_pages import TieredPages
 from parallel.gloo_group import GlooGroup
@@ -97,60 +98,52 @@ def build_engine(
         ExchangeError: if a rank is lost.
     """
     parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
-    tokenizer = load_tokenizer(parts.spec, model_config.chat_template)
-    decoder, pool = parts.decoder, parts.pool
-    if shards is None:
-        engine = Engine(
-            decoder,
-            parts.tiers or pool,
-            tokenizer=tokenizer,
-            config=engine_config,
-            max_context=parts.max_context,
-            make_runner=None if parts.tiers is None else partial(make_near_runner, decoder, pool),
-            cores=parts.method if isinstance(parts.method, CCASpec) else None,
-            below=parts.below,
-        )
-    elif isinstance(parts.method, CCASpec):
-        core_rank = _make_core_rank(parts, shards)
-        engine = Engine(
-            decoder,
-            pool,
-            tokenizer=tokenizer,
-            config=_widen(engine_config, shards),
-            max_context=parts.max_context,
-            make_runner=lambda rows: CoreGroupRunner(core_rank, shards.group, rows=rows, timeout_s=shards.timeout_s),
-            cores=parts.method,
-        )
-    else:
-        world_size, layout = shards.group.world_size, pool.layout
-        config = _widen(engine_config, shards)
+    decoder, layout = parts.decoder, parts.pool.layout
+    config = engine_config if shards is None else _widen(engine_config, shards)
+    pages: PageAllocator = parts.tiers or parts.pool
+    if shards is not None and not isinstance(parts.method, CCASpec):
         pages = ShardedPages(
             layout,
-            pool.num_pages,
-            world_size=world_size,
+            parts.pool.num_pages,
+            world_size=shards.group.world_size,
             stretch_pages=max(1, config.max_batch_tokens // layout.page_size),
         )
-        rank = _make_rank(parts, shards)
-        engine = Engine(
-            decoder,
-            pages,
-            tokenizer=tokenizer,
-            config=config,
-            max_context=parts.max_context,
-            make_runner=lambda rows: ShardRunner(rank, pages, shards.group, rows=rows, timeout_s=shards.timeout_s),
-        )
+    engine = Engine(
+        decoder,
+        pages,
+        tokenizer=load_tokenizer(parts.spec, model_config.chat_template),
+        config=config,
+        max_context=parts.max_context,
+        make_method=_choose_engine_method(parts, shards, pages),
+    )
     logger.info(
         "%s: %s on %s, attention %s, %d pages of %d tokens (%.0f MiB), context %d tokens",
         parts.spec.name,
         str(decoder.dtype).removeprefix("torch."),
         decoder.device,
         decoder.backend.name,
-        engine.pool.num_pages,
-        pool.layout.page_size,
-        engine.pool.num_pages * pool.layout.page_bytes / 2**20,
+        pages.num_pages,
+        layout.page_size,
+        pages.num_pages * layout.page_bytes / 2**20,
         engine.max_context,
     )
     return engine
+
+
+def _choose_engine_method(
+    parts: _Parts, shards: ShardGroup | None, pages: PageAllocator
+) -> Callable[..., EngineMethod]:
+    make_runner = None
+    if isinstance(parts.method, CCASpec):
+        if shards is not None:
+            make_runner = partial(CoreGroupRunner, _make_core_rank(parts, shards), shards.group, shards.timeout_s)
+        return partial(CoreMethod, parts.method, below=parts.below, make_runner=make_runner)
+    if shards is not None:
+        assert isinstance(pages, ShardedPages)
+        make_runner = partial(ShardRunner, _make_rank(parts, shards), pages, shards.group, shards.timeout_s)
+    elif parts.tiers is not None:
+        make_runner = partial(make_near_runner, parts.decoder, parts.pool)
+    return partial(DenseMethod, make_runner=make_runner)
 
 
 def build_rank(

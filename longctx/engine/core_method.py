@@ -29,7 +29,7 @@ class CoreMethod:
     Args:
         spec: sizes of requests that name none.
         decoder: the model.
-        cache: of a pool in this process; not enabled.
+        cache: of a pool in this process; it is turned off.
         config: of the engine.
         max_context: tokens that the model takes.
         below: where pages are kept that leave the window, for groups that are fetched; None: none are.
@@ -49,6 +49,7 @@ class CoreMethod:
     ) -> None:
         pool, layout = cache.pool, cache.pool.layout
         assert isinstance(pool, PagePool)
+        cache.enabled = False
         self._spec, self._num_pages, self._model_context = spec, pool.num_pages, max_context
         if below is not None:
             self._model_context = min(max_context, below.num_pages * layout.page_size)

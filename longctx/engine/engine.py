@@ -9,7 +9,6 @@ KV arrives. Not thread-safe: ``EngineLoop`` runs it on one thread.
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,7 +16,6 @@ from longctx.engine.admission import check_request
 from longctx.engine.announcer import LayerAnnouncer
 from longctx.engine.config import EngineConfig
 from longctx.engine.continuation import Continuation
-from longctx.engine.core_method import CoreMethod
 from longctx.engine.export import KVExport, Reservation
 from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.runner import Runner
@@ -26,10 +24,8 @@ from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import ActiveRequest, Int64Array, Sequence
 from longctx.errors import QueueFullError, RequestError
 from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
-from longctx.models.attention_spec import CCASpec
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
-from memory.lower_pages import LowerPages
 from memory.pages import PageAllocator, PagePool
 from memory.prefix_cache import PrefixCache
 
@@ -47,9 +43,8 @@ class Engine:
         tokenizer: for text, and for the ids that end one.
         config: batch and queue sizes.
         max_context: tokens of prompt and output together; lowered to what the pool holds.
-        make_runner: what computes the steps, given the decoding sequences; None: this process alone.
-        cores: groups and windows of CCA attention, if that is the decoder's.
-        below: where pages are kept that leave a window, if the decoder fetches groups again.
+        make_method: makes the parts that depend on how the decoder attends, from it, the cache, ``config`` and
+            ``max_context``.
     """
 
     def __init__(
@@ -60,27 +55,11 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig,
         max_context: int,
-        make_runner: Callable[[Any], Runner] | None = None,
-        cores: CCASpec | None = None,
-        below: LowerPages | None = None,
+        make_method: Callable[..., EngineMethod] = DenseMethod,
     ) -> None:
         self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
-        self.cache = PrefixCache(pool, enabled=config.prefix_cache and cores is None)
-        self._method: EngineMethod
-        if cores is None:
-            self._method = DenseMethod(
-                decoder, self.cache, config=config, max_context=max_context, make_runner=make_runner
-            )
-        else:
-            self._method = CoreMethod(
-                cores,
-                decoder,
-                self.cache,
-                config=config,
-                max_context=max_context,
-                below=below,
-                make_runner=make_runner,
-            )
+        self.cache = PrefixCache(pool, enabled=config.prefix_cache)
+        self._method = make_method(decoder, self.cache, config=config, max_context=max_context)
         self._rows, self._scheduler, self._runner = self._method.rows, self._method.scheduler, self._method.runner
         self._model_context, self.max_context = max_context, self._method.max_context
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)

@@ -16,8 +16,8 @@ class CoreGroupRunner(GroupRunner):
         rows: the decoding sequences.
     """
 
-    def __init__(self, rank: CoreRank, group: GlooGroup, *, rows: CoreRows, timeout_s: float) -> None:
-        super().__init__(rank, group, timeout_s=timeout_s)
+    def __init__(self, rank: CoreRank, group: GlooGroup, timeout_s: float, rows: CoreRows) -> None:
+        super().__init__(rank, group, timeout_s)
         self._rows = rows
         self._layout = CoreRunner(rank.decoder, rank.pool, rows=rows, device=rank.decoder.device)
         self._copies = rank.pool.copies = []

@@ -59,7 +59,7 @@ class GroupRunner(ABC):
         timeout_s: after which a silent rank 0 counts as lost.
     """
 
-    def __init__(self, rank: Rank, group: GlooGroup, *, timeout_s: float) -> None:
+    def __init__(self, rank: Rank, group: GlooGroup, timeout_s: float) -> None:
         self._rank, self._group = rank, group
         self.pool = rank.pool
         self._is_broken = False  # a step or a message failed: ranks may be anywhere in it
@@ -123,9 +123,9 @@ class ShardRunner(GroupRunner):
     """
 
     def __init__(
-        self, rank: ShardRank, pages: ShardedPages, group: GlooGroup, *, rows: DecodeRows, timeout_s: float
+        self, rank: ShardRank, pages: ShardedPages, group: GlooGroup, timeout_s: float, rows: DecodeRows
     ) -> None:
-        super().__init__(rank, group, timeout_s=timeout_s)
+        super().__init__(rank, group, timeout_s)
         self._pages, self._rows, self._writer = pages, rows, StepWriter()
 
     def _make_step(self, chunks: list[Chunk]) -> tuple[Step, bytes]:
