@@ -53,7 +53,8 @@ class LandmarkAttention(OuterAttention):
     ) -> None:
         block_size = spec.block_size
         super().__init__(inner, f"landmark/{inner.name}")
-        self._keys, self._spec, self._block_size = keys, spec, block_size
+        self._keys = self._made = keys  # what is read, and where new ones are written
+        self._spec, self._block_size = spec, block_size
         self._retrieval, self._skip_below, self._tiers = retrieval, skip_below, tiers
         self.page_sizes = (block_size,)
         distance = torch.arange(retrieval.top_k + 2, device=rotary.device) * (block_size + 1)
@@ -89,9 +90,19 @@ class LandmarkAttention(OuterAttention):
 
     def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
         """``[T, H * D]`` in q's dtype."""
-        rows = _rows_of(batch)
-        own_THD, own_TH = self.inner.attend_ranges(q_THD, shape, rows.own, batch.pool)
-        if rows.num_blocks > 1:
+        own = self.inner.attend_ranges(q_THD, shape, _rows_of(batch).own, batch.pool)
+        return self._attend_earlier(q_THD, own, shape, batch)
+
+    def _attend_earlier(
+        self,
+        q_THD: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor],
+        shape: AttentionShape,
+        batch: PackedBatch,
+    ) -> torch.Tensor:
+        """From the own blocks' output and log-sum-exp to what ``attend`` returns."""
+        own_THD, own_TH = own
+        if _rows_of(batch).num_blocks > 1:
             q_TKGD = q_THD.unflatten(1, (shape.num_kv_heads, -1))
             choice = self._choose(q_TKGD, shape, batch)
             own_THD = self._see_blocks(q_TKGD, own_THD, own_TH, choice, shape, batch)
@@ -106,7 +117,7 @@ class LandmarkAttention(OuterAttention):
             k_LKD = rms_norm(k_LKD, norm.k_weight, norm.eps)
         assert batch.cos_TD is not None and batch.sin_TD is not None
         k_LKD = rotate(k_LKD, batch.cos_TD[rows.landmark_rows_L], batch.sin_TD[rows.landmark_rows_L])
-        self._keys.write(shape.layer_idx, rows.landmark_pages_L, k_LKD)
+        self._made.write(shape.layer_idx, rows.landmark_pages_L, k_LKD)
 
     def _turn(self, q: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor:
         """Queries ``[..., D]``, so many slots further away from what they look at."""

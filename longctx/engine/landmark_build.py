@@ -1,5 +1,7 @@
 """What an engine for a landmark model is made of besides: pages that are blocks, landmarks' keys, tiers."""
 
+from typing import Any
+
 import torch
 
 from longctx.attention.backend import AttentionBackend
@@ -14,10 +16,12 @@ from longctx.engine.runner import ModelRunner
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.packed import PackedDecoder
+from longctx.shards.landmarks import ShardedLandmarks
 from memory.landmark_keys import LandmarkKeys, make_landmark_table
 from memory.layout import KVLayout
 from memory.pages import PagePool
 from memory.tiered_pages import MIN_CACHE, TieredPages
+from parallel.carrier import Carrier
 
 
 def choose_for_blocks(
@@ -84,15 +88,32 @@ def take_landmarks(
         keys = LandmarkKeys(pages.landmarks)
     else:
         keys = make_landmark_table(pages.layout, pages.num_pages, decoder.device)
-    decoder.backend = LandmarkAttention(
-        decoder.backend,
-        keys,
-        decoder.rotary,
-        spec=method,
-        retrieval=Retrieval(attention.top_k, attention.retrieval),
-        skip_below=attention.skip_below,
-        tiers=tiers,
+    options = _options(method, attention)
+    decoder.backend = LandmarkAttention(decoder.backend, keys, decoder.rotary, tiers=tiers, **options)
+
+
+def take_sharded_landmarks(
+    decoder: PackedDecoder,
+    method: LandmarkSpec,
+    attention: AttentionConfig,
+    *,
+    pool: PagePool,
+    carrier: Carrier,
+    timeout_s: float,
+) -> None:
+    """Let ``decoder`` compute landmark attention over this rank's ``pool`` and the other ranks'."""
+    options = _options(method, attention)
+    decoder.backend = ShardedLandmarks(
+        decoder.backend, pool, decoder.rotary, carrier=carrier, timeout_s=timeout_s, **options
     )
+
+
+def _options(method: LandmarkSpec, attention: AttentionConfig) -> dict[str, Any]:
+    return {
+        "spec": method,
+        "retrieval": Retrieval(attention.top_k, attention.retrieval),
+        "skip_below": attention.skip_below,
+    }
 
 
 def make_near_runner(decoder: PackedDecoder, near: PagePool, rows: DecodeRows) -> ModelRunner:
