@@ -36,7 +36,6 @@ class LandmarkAttention(OuterAttention):
         rotary: of the model.
         spec: what the model was trained with; a page holds a block.
         retrieval: which blocks a token sees.
-        skip_below: blocks are not looked at where all landmarks together would get less than this share.
         tiers: where blocks are, if not all of them are near.
     """
 
@@ -48,14 +47,13 @@ class LandmarkAttention(OuterAttention):
         *,
         spec: LandmarkSpec,
         retrieval: Retrieval,
-        skip_below: float = 0.0,
         tiers: TieredPages | None = None,
     ) -> None:
         block_size = spec.block_size
         super().__init__(inner, f"landmark/{inner.name}")
         self._keys = self._made = keys  # what is read, and where new ones are written
         self._spec, self._block_size = spec, block_size
-        self._retrieval, self._skip_below, self._tiers = retrieval, skip_below, tiers
+        self._retrieval, self._tiers = retrieval, tiers
         self.page_sizes = (block_size,)
         distance = torch.arange(retrieval.top_k + 2, device=rotary.device) * (block_size + 1)
         rotary.reserve(int(distance[-1]) + 1)
@@ -164,8 +162,8 @@ class LandmarkAttention(OuterAttention):
         own_TKG = own_TH.unflatten(1, q_TKGD.shape[1:3])
         total_TKG = torch.logaddexp(own_TKG, scores_TKGk.logsumexp(-1))
         is_seen = choice.is_there
-        if self._skip_below > 0:
-            is_skipped = torch.exp(scores_TKGk - total_TKG[..., None]).sum(-1) < self._skip_below
+        if self._retrieval.skip_below > 0:
+            is_skipped = torch.exp(scores_TKGk - total_TKG[..., None]).sum(-1) < self._retrieval.skip_below
             total_TKG = torch.where(is_skipped, own_TKG, total_TKG)
             is_seen = is_seen & ~is_skipped[..., None]
         gates_TKGk = torch.exp(scores_TKGk - total_TKG[..., None])

@@ -1,7 +1,5 @@
 """What an engine for a landmark model is made of besides: pages that are blocks, landmarks' keys, tiers."""
 
-from typing import Any
-
 import torch
 
 from longctx.attention.backend import AttentionBackend
@@ -88,8 +86,9 @@ def take_landmarks(
         keys = LandmarkKeys(pages.landmarks)
     else:
         keys = make_landmark_table(pages.layout, pages.num_pages, decoder.device)
-    options = _options(method, attention)
-    decoder.backend = LandmarkAttention(decoder.backend, keys, decoder.rotary, tiers=tiers, **options)
+    decoder.backend = LandmarkAttention(
+        decoder.backend, keys, decoder.rotary, spec=method, retrieval=_retrieval(attention), tiers=tiers
+    )
 
 
 def take_sharded_landmarks(
@@ -102,18 +101,19 @@ def take_sharded_landmarks(
     timeout_s: float,
 ) -> None:
     """Let ``decoder`` compute landmark attention over this rank's ``pool`` and the other ranks'."""
-    options = _options(method, attention)
     decoder.backend = ShardedLandmarks(
-        decoder.backend, pool, decoder.rotary, carrier=carrier, timeout_s=timeout_s, **options
+        decoder.backend,
+        pool,
+        decoder.rotary,
+        spec=method,
+        retrieval=_retrieval(attention),
+        carrier=carrier,
+        timeout_s=timeout_s,
     )
 
 
-def _options(method: LandmarkSpec, attention: AttentionConfig) -> dict[str, Any]:
-    return {
-        "spec": method,
-        "retrieval": Retrieval(attention.top_k, attention.retrieval),
-        "skip_below": attention.skip_below,
-    }
+def _retrieval(attention: AttentionConfig) -> Retrieval:
+    return Retrieval(attention.top_k, attention.retrieval, attention.skip_below)
 
 
 def make_near_runner(decoder: PackedDecoder, near: PagePool, rows: DecodeRows) -> ModelRunner:

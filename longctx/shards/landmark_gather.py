@@ -15,12 +15,12 @@ class LandmarkGather:
 
     Args:
         carrier: to the other ranks.
-        layer_idx: the layer, which names the messages.
         own_LKD: this rank's, contiguous.
         counts: how many each rank has, this one too.
+        layer_idx: the layer, which names the messages.
     """
 
-    def __init__(self, carrier: Carrier, layer_idx: int, own_LKD: torch.Tensor, counts: Sequence[int]) -> None:
+    def __init__(self, carrier: Carrier, own_LKD: torch.Tensor, *, counts: Sequence[int], layer_idx: int) -> None:
         self._carrier, tag = carrier, FIRST_TAG + layer_idx
         peers = [rank for rank in range(carrier.world_size) if rank != carrier.rank]
         self._keys = [own_LKD.new_empty((count, *own_LKD.shape[1:])) for count in counts]

@@ -12,7 +12,6 @@ Legend: T this rank's rows, S rows of one KV head that see a block, B blocks tha
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,8 @@ import torch
 from longctx.attention.backend import AttentionBackend
 from longctx.attention.batch import AttentionShape, HeadPages, PackedBatch
 from longctx.attention.landmark_paged import LandmarkAttention
+from longctx.attention.landmark_retrieval import Retrieval
+from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.rope import RotaryTable
 from longctx.shards.attention import ShardBatch
 from longctx.shards.block_exchange import BlockExchange, BlockRows
@@ -37,9 +38,9 @@ class ShardedLandmarks(LandmarkAttention):
         inner: attends pages of this rank.
         pool: this rank's pages; all ranks have as many.
         rotary: of the model.
+        spec, retrieval: see ``LandmarkAttention``.
         carrier: to the other ranks.
         timeout_s: longest wait for one of them.
-        options: of ``LandmarkAttention``.
     """
 
     def __init__(
@@ -48,14 +49,15 @@ class ShardedLandmarks(LandmarkAttention):
         pool: PagePool,
         rotary: RotaryTable,
         *,
+        spec: LandmarkSpec,
+        retrieval: Retrieval,
         carrier: Carrier,
         timeout_s: float,
-        **options: Any,
     ) -> None:
         self._carrier, self._timeout_s = carrier, timeout_s
         self._pages_per_rank, self._num_layers = pool.num_pages, pool.layout.num_layers
-        num_pages = carrier.world_size * pool.num_pages
-        super().__init__(inner, make_landmark_table(pool.layout, num_pages, rotary.device), rotary, **options)
+        table = make_landmark_table(pool.layout, carrier.world_size * pool.num_pages, rotary.device)
+        super().__init__(inner, table, rotary, spec=spec, retrieval=retrieval)
         self._made = LandmarkKeys(pool.landmarks)
 
     def lay_out(self, batch: PackedBatch) -> PackedBatch:
@@ -97,7 +99,8 @@ class ShardedLandmarks(LandmarkAttention):
 
     def _send_keys(self, layer_idx: int, pages: Sequence[np.ndarray]) -> LandmarkGather:
         own = torch.from_numpy(pages[self._carrier.rank] % self._pages_per_rank).to(self._cos_SD.device)
-        return LandmarkGather(self._carrier, layer_idx, self._made.read(layer_idx, own), [len(each) for each in pages])
+        keys_LKD, counts = self._made.read(layer_idx, own), [len(each) for each in pages]
+        return LandmarkGather(self._carrier, keys_LKD, counts=counts, layer_idx=layer_idx)
 
     def _take_keys(self, layer_idx: int, pages: Sequence[np.ndarray], arriving: LandmarkGather) -> None:
         keys_LKD = arriving.finish(self._timeout_s)
