@@ -66,10 +66,10 @@ def test_landmarks_are_found_by_every_rank(tmp_path, prefill_ranks, decode_ranks
     """Also those of pages that were sent to another rank, and of a prefix that was sent for an earlier request."""
     method = {"name": "landmark", "block_size": 16, "landmark_token_id": 258}
     folder = make_checkpoint(tmp_path / "model", "llama", longctx_attention=method)
-    config = make_config(folder, prefill_ranks=prefill_ranks, decode_ranks=decode_ranks)
+    config = make_config(folder, prefill_ranks=prefill_ranks, decode_ranks=decode_ranks, attention="native")
     prefix = make_prompt(9, 160)
     later = [make_request(f"p{seed}", prefix + make_prompt(seed, length)) for seed, length in ((1, 5), (2, 20))]
-    requests = make_requests(lengths=(33, 120))
+    requests = make_requests(lengths=(33, 90))
     expected = generate_alone(config, [*requests, *later])
 
     async def serve():

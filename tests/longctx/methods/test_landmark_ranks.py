@@ -73,22 +73,20 @@ def test_decoding_equals_the_formulas_at_every_length(folders):
 
 def test_forks_prefixes_and_preemption(folders):
     """Forked pages are copied where they lie; what is found in the cache is found through its landmarks."""
-    params = SamplingParams(n=3, temperature=0.8, seed=11, max_tokens=40, ignore_eos=True)
-    requests = requests_of((37, 61, 20, 45), params)
+    params = SamplingParams(n=3, temperature=0.8, seed=11, max_tokens=20, ignore_eos=True)
+    requests = requests_of((37, 61, 20), params)
     prefix = make_prompt(9, 9 * BLOCK)
-    later = [
-        make_request(f"p{seed}", prefix + make_prompt(seed, length)) for seed, length in ((1, 1), (2, 20), (3, 33))
-    ]
+    later = [make_request(f"p{seed}", prefix + make_prompt(seed, 10 * seed)) for seed in (1, 2)]
     one = make_engine(folders["llama"], method=LANDMARKS, prefix_cache=False)
     expected = [generate(one, requests), *(generate(one, [request]) for request in later)]
     layout = one.pool.layout
     page_bytes = layout.page_bytes + 2 * layout.num_layers * layout.landmark_bytes
-    options = {"method": LANDMARKS, "max_batch_tokens": 32, "kv_bytes": str(14 * page_bytes + page_bytes // 2)}
+    options = {"method": LANDMARKS, "max_batch_tokens": 32, "kv_bytes": str(8 * page_bytes + page_bytes // 2)}
     with sharded_engine(folders["llama"], 2, **options) as engine:
-        assert engine.pool.num_pages == 28
+        assert engine.pool.num_pages == 16
         got = [generate(engine, requests), *(generate(engine, [request]) for request in later)]
         assert engine.stats().num_preemptions > 0
-        assert engine.stats().num_cached_tokens >= 2 * len(prefix)
+        assert engine.stats().num_cached_tokens >= len(prefix)
     assert got == expected
 
 
