@@ -59,10 +59,18 @@ def _check_method(config: ServeConfig, name: str) -> None:
             f"{cluster.num_prefill_workers}: blocks that travel are near; cluster=colocated, or attention.blocks=near"
         )
     for role in ("prefill", "decode"):
-        sp_degree = getattr(cluster, role).sp_degree
-        if sp_degree > 1 and (name != "cca" or config.attention.core_fetch):
-            raise ConfigError(f"cluster.{role}.sp_degree={sp_degree} is not allowed with {name} attention: 1")
-    if cluster.num_prefill_workers and cluster.decode.sp_degree > 1:
+        sp_degree = cluster.group_of(role).sp_degree
+        if sp_degree > 1 and config.attention.core_fetch:
+            raise ConfigError(
+                f"cluster.{role}.sp_degree={sp_degree} is not allowed with {name} attention and attention.core_fetch="
+                f"{config.attention.core_fetch}: 1"
+            )
+        if sp_degree > 1 and config.attention.blocks != "near":
+            raise ConfigError(
+                f"attention.blocks={config.attention.blocks} is not allowed with cluster.{role}.sp_degree={sp_degree}: "
+                "ranks share blocks that are near; attention.blocks=near, or 1"
+            )
+    if name == "cca" and cluster.num_prefill_workers and cluster.decode.sp_degree > 1:
         raise ConfigError(
             f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention and "
             f"cluster.num_prefill_workers={cluster.num_prefill_workers}: KV arrives at one rank; 1 or cluster=colocated"

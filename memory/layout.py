@@ -52,9 +52,14 @@ class KVLayout:
         return self.num_kv_heads * self.head_bytes
 
     @property
+    def landmark_bytes(self) -> int:
+        """Bytes of the key of one page's landmark in one layer; 0 if there is none."""
+        return self.num_kv_heads * self.row_bytes if self.has_landmark else 0
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one layer of one page."""
-        return 2 * self.v_offset + (self.num_kv_heads * self.row_bytes if self.has_landmark else 0)
+        return 2 * self.v_offset + self.landmark_bytes
 
     @property
     def page_bytes(self) -> int:

@@ -43,6 +43,9 @@ class PageAllocator(ABC):
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, all layers, before anything else is computed."""
 
+    def note_arrived(self, pages: Sequence[int]) -> None:  # noqa: B027 - nothing to do for most
+        """Pages are full whose bytes another worker sent."""
+
     @abstractmethod
     def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
         """So many free pages; there are enough."""

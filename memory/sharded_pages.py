@@ -3,7 +3,8 @@
 Page ``p`` is page ``p % pages_per_rank`` of the pool of rank ``p // pages_per_rank``. The pages of a prompt are dealt
 out as in the zigzag layout of sequence parallelism (``parallel/layout.py``), a stretch of what one step computes at a
 time, so that every rank has an equal share of each step's causal area. The bytes are elsewhere: each rank has a
-``PagePool`` of its own, and copies of pages are collected here for the next step to make.
+``PagePool`` of its own, and what is to be done with pages before the next step is collected here: copies, and
+landmarks that other ranks are to be told.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class ShardedPages(PageAllocator):
             list(range((rank + 1) * pages_per_rank - 1, rank * pages_per_rank - 1, -1)) for rank in range(world_size)
         ]
         self._copies: list[tuple[int, int]] = []
+        self._arrived: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -48,6 +50,15 @@ class ShardedPages(PageAllocator):
         """Copies to make before the next step computes, in their order; they are forgotten here."""
         copies, self._copies = self._copies, []
         return copies
+
+    def note_arrived(self, pages: Sequence[int]) -> None:
+        if self.layout.has_landmark:
+            self._arrived += pages
+
+    def take_arrived(self) -> list[int]:
+        """Pages whose landmarks one rank alone knows, before the next step computes; they are forgotten here."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def allocate(self, num_pages: int, *, beside: Sequence[int] = ()) -> list[int] | None:
         """See ``PageAllocator``; also None if a rank has no room for a copy beside its original."""

@@ -115,6 +115,12 @@ def start(method: Callable[[Message], Any], message: Message, verb: str, rank: i
         ) from error
 
 
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as a message's buffer, uint8 ``[num_bytes]``; no copy."""
+    assert tensor.is_contiguous()
+    return tensor.view(-1).view(torch.uint8)
+
+
 def finish(transfers: Sequence[Transfer], rank: int, timeout_s: float) -> None:
     """Wait for all on ``rank``, ``timeout_s`` together; ``ExchangeError`` names the peer that is lost or late."""
     deadline = time.monotonic() + timeout_s

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from parallel.carrier import Carrier, ExchangeError, Message, Transfer, finish, open_carrier, start
+from parallel.carrier import Carrier, ExchangeError, Message, Transfer, bytes_of, finish, open_carrier, start
 
 TELL_TAG = 1 << 20  # tags from here on; plans count theirs from 0
 
@@ -96,10 +96,10 @@ class GlooGroup(Carrier):
         tag = TELL_TAG + 2
         if self.rank:
             if len(own):
-                finish(self.post([Message(_bytes_of(own), 0, tag)], [])[0], self.rank, self._timeout_s)
+                finish(self.post([Message(bytes_of(own), 0, tag)], [])[0], self.rank, self._timeout_s)
             return []
         parts = [own, *(own.new_empty((count, *own.shape[1:])) for count in counts[1:])]
-        waiting = [Message(_bytes_of(part), rank, tag) for rank, part in enumerate(parts) if rank and len(part)]
+        waiting = [Message(bytes_of(part), rank, tag) for rank, part in enumerate(parts) if rank and len(part)]
         finish(self.post([], waiting)[1], self.rank, self._timeout_s)
         return parts
 
@@ -132,8 +132,3 @@ class GlooGroup(Carrier):
 
     def _send(self, message: Message) -> Any:
         return self._group.send([message.buffer], message.peer, message.tag)
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    assert tensor.is_contiguous()
-    return tensor.view(-1).view(torch.uint8)

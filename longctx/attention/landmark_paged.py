@@ -36,7 +36,6 @@ class LandmarkAttention(OuterAttention):
         rotary: of the model.
         spec: what the model was trained with; a page holds a block.
         retrieval: which blocks a token sees.
-        skip_below: blocks are not looked at where all landmarks together would get less than this share.
         tiers: where blocks are, if not all of them are near.
     """
 
@@ -48,13 +47,13 @@ class LandmarkAttention(OuterAttention):
         *,
         spec: LandmarkSpec,
         retrieval: Retrieval,
-        skip_below: float = 0.0,
         tiers: TieredPages | None = None,
     ) -> None:
         block_size = spec.block_size
         super().__init__(inner, f"landmark/{inner.name}")
-        self._keys, self._spec, self._block_size = keys, spec, block_size
-        self._retrieval, self._skip_below, self._tiers = retrieval, skip_below, tiers
+        self._keys = self._made = keys  # what is read, and where new ones are written
+        self._spec, self._block_size = spec, block_size
+        self._retrieval, self._tiers = retrieval, tiers
         self.page_sizes = (block_size,)
         distance = torch.arange(retrieval.top_k + 2, device=rotary.device) * (block_size + 1)
         rotary.reserve(int(distance[-1]) + 1)
@@ -89,9 +88,19 @@ class LandmarkAttention(OuterAttention):
 
     def attend(self, q_THD: torch.Tensor, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
         """``[T, H * D]`` in q's dtype."""
-        rows = _rows_of(batch)
-        own_THD, own_TH = self.inner.attend_ranges(q_THD, shape, rows.own, batch.pool)
-        if rows.num_blocks > 1:
+        own = self.inner.attend_ranges(q_THD, shape, _rows_of(batch).own, batch.pool)
+        return self._attend_earlier(q_THD, own, shape, batch)
+
+    def _attend_earlier(
+        self,
+        q_THD: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor],
+        shape: AttentionShape,
+        batch: PackedBatch,
+    ) -> torch.Tensor:
+        """From the own blocks' output and log-sum-exp to what ``attend`` returns."""
+        own_THD, own_TH = own
+        if _rows_of(batch).num_blocks > 1:
             q_TKGD = q_THD.unflatten(1, (shape.num_kv_heads, -1))
             choice = self._choose(q_TKGD, shape, batch)
             own_THD = self._see_blocks(q_TKGD, own_THD, own_TH, choice, shape, batch)
@@ -106,7 +115,7 @@ class LandmarkAttention(OuterAttention):
             k_LKD = rms_norm(k_LKD, norm.k_weight, norm.eps)
         assert batch.cos_TD is not None and batch.sin_TD is not None
         k_LKD = rotate(k_LKD, batch.cos_TD[rows.landmark_rows_L], batch.sin_TD[rows.landmark_rows_L])
-        self._keys.write(shape.layer_idx, rows.landmark_pages_L, k_LKD)
+        self._made.write(shape.layer_idx, rows.landmark_pages_L, k_LKD)
 
     def _turn(self, q: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor:
         """Queries ``[..., D]``, so many slots further away from what they look at."""
@@ -153,8 +162,8 @@ class LandmarkAttention(OuterAttention):
         own_TKG = own_TH.unflatten(1, q_TKGD.shape[1:3])
         total_TKG = torch.logaddexp(own_TKG, scores_TKGk.logsumexp(-1))
         is_seen = choice.is_there
-        if self._skip_below > 0:
-            is_skipped = torch.exp(scores_TKGk - total_TKG[..., None]).sum(-1) < self._skip_below
+        if self._retrieval.skip_below > 0:
+            is_skipped = torch.exp(scores_TKGk - total_TKG[..., None]).sum(-1) < self._retrieval.skip_below
             total_TKG = torch.where(is_skipped, own_TKG, total_TKG)
             is_seen = is_seen & ~is_skipped[..., None]
         gates_TKGk = torch.exp(scores_TKGk - total_TKG[..., None])

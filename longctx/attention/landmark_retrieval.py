@@ -30,6 +30,7 @@ class Retrieval:
 
     top_k: int = 4  # blocks that a token retrieves
     granularity: str = "head_token"  # who chooses: each head for each token, all heads together, or a block's tokens
+    skip_below: float = 0.0  # nothing is looked at where all landmarks together would get less than this share
 
 
 @dataclass(slots=True)

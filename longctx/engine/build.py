@@ -11,13 +11,19 @@ import torch
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
 from longctx.attention.cca_paged import CoreAttention
-from longctx.attention.config import AttentionConfig, choose_method, warn_untrained
+from longctx.attention.config import AttentionConfig, check_on_ranks, choose_method, warn_untrained
 from longctx.attention.core_fetch import CoreFetch
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig
 from longctx.engine.core_method import CoreMethod, count_context_pages
 from longctx.engine.engine import Engine
-from longctx.engine.landmark_build import choose_for_blocks, make_near_runner, make_tiers, take_landmarks
+from longctx.engine.landmark_build import (
+    choose_for_blocks,
+    make_near_runner,
+    make_tiers,
+    take_landmarks,
+    take_sharded_landmarks,
+)
 from longctx.engine.lower_tier import make_store
 from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.page_budget import count_cores, count_pages
@@ -173,10 +179,8 @@ def _load(
     attention = attention or AttentionConfig()
     method = choose_method(attention, spec)
     warn_untrained(method, spec)
-    if isinstance(method, LandmarkSpec) and shards is not None:
-        raise ConfigError(f"attention.name={method.name} is not allowed on several ranks (sp_degree)")
-    if attention.core_fetch and shards is not None:
-        raise ConfigError(f"attention.core_fetch={attention.core_fetch} is not allowed on several ranks (sp_degree)")
+    if shards is not None:
+        check_on_ranks(attention)
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)
@@ -225,7 +229,11 @@ def _load(
             return _Parts(spec, decoder, tiers.near, max_context, method, tiers)
     pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
     if isinstance(method, LandmarkSpec):
-        take_landmarks(decoder, method, attention, pages=pool)
+        if shards is None:
+            take_landmarks(decoder, method, attention, pages=pool)
+        else:
+            carrier = shards.group.on_device(device)
+            take_sharded_landmarks(decoder, method, attention, pool=pool, carrier=carrier, timeout_s=shards.timeout_s)
     return _Parts(spec, decoder, pool, max_context, method, below=below)
 
 

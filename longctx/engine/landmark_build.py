@@ -14,10 +14,12 @@ from longctx.engine.runner import ModelRunner
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.packed import PackedDecoder
+from longctx.shards.landmarks import ShardedLandmarks
 from memory.landmark_keys import LandmarkKeys, make_landmark_table
 from memory.layout import KVLayout
 from memory.pages import PagePool
 from memory.tiered_pages import MIN_CACHE, TieredPages
+from parallel.carrier import Carrier
 
 
 def choose_for_blocks(
@@ -85,14 +87,33 @@ def take_landmarks(
     else:
         keys = make_landmark_table(pages.layout, pages.num_pages, decoder.device)
     decoder.backend = LandmarkAttention(
+        decoder.backend, keys, decoder.rotary, spec=method, retrieval=_retrieval(attention), tiers=tiers
+    )
+
+
+def take_sharded_landmarks(
+    decoder: PackedDecoder,
+    method: LandmarkSpec,
+    attention: AttentionConfig,
+    *,
+    pool: PagePool,
+    carrier: Carrier,
+    timeout_s: float,
+) -> None:
+    """Let ``decoder`` compute landmark attention over this rank's ``pool`` and the other ranks'."""
+    decoder.backend = ShardedLandmarks(
         decoder.backend,
-        keys,
+        pool,
         decoder.rotary,
         spec=method,
-        retrieval=Retrieval(attention.top_k, attention.retrieval),
-        skip_below=attention.skip_below,
-        tiers=tiers,
+        retrieval=_retrieval(attention),
+        carrier=carrier,
+        timeout_s=timeout_s,
     )
+
+
+def _retrieval(attention: AttentionConfig) -> Retrieval:
+    return Retrieval(attention.top_k, attention.retrieval, attention.skip_below)
 
 
 def make_near_runner(decoder: PackedDecoder, near: PagePool, rows: DecodeRows) -> ModelRunner:

@@ -55,11 +55,14 @@ def count_pages(
             f"engine.kv_bytes={config.kv_bytes} is not allowed: "
             f"{available_bytes(device, share=1.0) / 2**30:.1f} GiB of memory are available"
         )
-    num_pages = budget // layout.page_bytes
+    page_bytes = layout.page_bytes
+    if world_size > 1:  # a page's landmark lies in every rank's table
+        page_bytes += world_size * layout.num_layers * layout.landmark_bytes
+    num_pages = budget // page_bytes
     if num_pages < 1:
         raise ConfigError(
             f"engine.kv_bytes={config.kv_bytes!r} is not allowed: {budget} bytes do not hold one page of "
-            f"{layout.page_bytes} bytes ({layout.page_size} tokens, all layers)"
+            f"{page_bytes} bytes ({layout.page_size} tokens, all layers)"
         )
     if is_auto:
         num_pages = min(num_pages, -(-config.max_sequences * context_pages // world_size))

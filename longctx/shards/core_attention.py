@@ -20,7 +20,7 @@ from longctx.attention.cca_paged import CoreAttention
 from longctx.models.attention_spec import CCASpec
 from longctx.models.rope import RotaryTable
 from memory.page_rows import read_rows, write_rows
-from parallel.carrier import Carrier, Message, finish
+from parallel.carrier import Carrier, Message, bytes_of, finish
 
 SHARE_TAG = 1 << 22  # beside the tags of exchange plans and of numbers
 
@@ -102,7 +102,7 @@ class SharedCoreAttention(CoreAttention):
         """
         rank = self._carrier.rank
         peers = [peer for peer in range(self._carrier.world_size) if peer != rank]
-        sent = torch.cat([_bytes_of(part) for part in own])
+        sent = torch.cat([bytes_of(part.contiguous()) for part in own])
         row_bytes = [part.element_size() * part.shape[1] * part.shape[2] for part in own]
         buffers = {}
         for peer in peers:
@@ -114,10 +114,6 @@ class SharedCoreAttention(CoreAttention):
         going, coming = self._carrier.post(sends, receives)
         finish([*coming, *going], rank, self._timeout_s)
         return {peer: _split(buffer, own, sizes[peer], row_bytes) for peer, buffer in buffers.items()}
-
-
-def _bytes_of(part: torch.Tensor) -> torch.Tensor:
-    return part.contiguous().view(-1).view(torch.uint8)
 
 
 def _split(

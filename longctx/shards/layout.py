@@ -44,6 +44,19 @@ class StepLayout:
         owners = self._owners[index]
         return self.segments[index].pages[: len(owners)][owners == rank] % self._pages_per_rank
 
+    @cached_property
+    def filled_pages(self) -> list[Int64Array]:
+        """Pages of each rank whose last token the step computes, as rank 0 numbers them, by sequence and position."""
+        size = self.page_size
+        filled = [segment.pages[segment.start // size : segment.stop // size] for segment in self.segments]
+        pages = np.concatenate([np.zeros(0, dtype=np.int64), *filled], dtype=np.int64)
+        return split_by_rank(pages, world_size=self.world_size, pages_per_rank=self._pages_per_rank)
+
+    def looks_at(self, rank: int, other: int) -> bool:
+        """Whether tokens that ``rank`` computes may look at keys of another rank."""
+        num_tokens = np.diff(self.first_queries[:, rank])
+        return rank != other and bool(((num_tokens > 0) & (self.num_keys[:, other] > 0)).any())
+
     def key_slots(self, rank: int) -> Int64Array:
         """Slots of the rank's keys in its pool, in the order of its rows."""
         slots = [np.zeros(0, dtype=np.int64)]
@@ -117,3 +130,16 @@ class StepLayout:
             cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
             runs.append([(a, b, int(owners[a])) for a, b in pairwise(cuts)])
         return runs
+
+
+def split_by_rank(pages: Int64Array, *, world_size: int, pages_per_rank: int) -> list[Int64Array]:
+    """Each rank's among pages as rank 0 numbers them, in their order."""
+    return [pages[pages // pages_per_rank == rank] for rank in range(world_size)]
+
+
+def pad_tables(pages: Sequence[Int32Array]) -> Int32Array:
+    """Pages of some sequences as a block table: int32 ``[num_sequences, pages of the longest]``, padded with 0."""
+    tables = np.zeros((len(pages), max(map(len, pages), default=0)), dtype=np.int32)
+    for row, own in zip(tables, pages, strict=True):
+        row[: len(own)] = own
+    return tables

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from longctx.attention.batch import AttentionShape, KeyRanges
-from longctx.shards.layout import StepLayout
+from longctx.shards.layout import StepLayout, pad_tables
 from parallel.layout import Span
 from parallel.links import LinkModel
 from parallel.mask import Mask
@@ -138,10 +138,7 @@ class StepPlans:
     def _tables(self, indices: Sequence[int]) -> torch.Tensor:
         """This rank's pages of some sequences, padded."""
         pages = [self.layout.local_pages(index, self.rank) for index in indices]
-        tables = np.zeros((len(pages), max(map(len, pages), default=0)), dtype=np.int32)
-        for row, own in zip(tables, pages, strict=True):
-            row[: len(own)] = own
-        return torch.from_numpy(tables).to(self._device)
+        return torch.from_numpy(pad_tables(pages)).to(self._device)
 
     def _ranges(self, plan: Plan, work: Work) -> WorkRanges:
         """What each row of a work sees: its tiles, row by row."""

@@ -9,6 +9,7 @@ import torch
 from longctx.models.packed import PackedDecoder
 from longctx.shards.attention import ShardBatch, ShardedAttention
 from longctx.shards.exports import OwnPages, RankExports
+from longctx.shards.landmarks import ShardedLandmarks
 from longctx.shards.layout import StepLayout
 from longctx.shards.plans import PlanChoice, StepPlans
 from longctx.shards.step import Step, StepReader
@@ -19,7 +20,7 @@ class ShardRank:
     """Runs the model on this rank's tokens.
 
     Args:
-        decoder: the model, its backend a ``ShardedAttention``.
+        decoder: the model, its backend one that exchanges.
         pool: this rank's pages.
         rank, world_size: which of how many.
         pages_per_rank: the same on all; what rank 0 numbers pages by.
@@ -36,7 +37,7 @@ class ShardRank:
         pages_per_rank: int,
         choice: PlanChoice,
     ) -> None:
-        assert isinstance(decoder.backend, ShardedAttention)
+        assert isinstance(decoder.backend, ShardedAttention | ShardedLandmarks)
         self.decoder, self.pool, self.rank, self.world_size = decoder, pool, rank, world_size
         layout = pool.layout
         self.own = OwnPages(rank, pages_per_rank)
@@ -67,6 +68,9 @@ class ShardRank:
         for source, target in step.copies:
             if source // self._pages_per_rank == self.rank:
                 self.pool.copy_page(source % self._pages_per_rank, target % self._pages_per_rank)
+        if step.arrived:
+            assert isinstance(self._attention, ShardedLandmarks)
+            self._attention.share(step.arrived)
         layout = StepLayout(
             step.segments,
             world_size=self.world_size,
@@ -80,6 +84,7 @@ class ShardRank:
         batch = self._lay_out(layout, on_layer)
         if len(batch.input_ids_T):
             return self.decoder.hidden(batch), rows_of
+        batch = self._attention.lay_out(batch)
         for shape in self.decoder.attention_shapes:
             no_queries = torch.empty((0, shape.num_heads, shape.head_dim), dtype=self.decoder.dtype)
             self._attention.exchange(no_queries.to(self.decoder.device), shape, batch)

@@ -131,7 +131,7 @@ class ShardRunner(GroupRunner):
     def _make_step(self, chunks: list[Chunk]) -> tuple[Step, bytes]:
         segments = [self._decode_segment(row, sequence) for row, sequence in enumerate(self._rows.sequences)]
         segments += [_chunk_segment(chunk) for chunk in chunks]
-        step = Step(tuple(segments), tuple(self._pages.take_copies()))
+        step = Step(tuple(segments), tuple(self._pages.take_copies()), tuple(self._pages.take_arrived()))
         return step, self._writer.write(step)
 
     def _decode_segment(self, row: int, sequence: Sequence) -> Segment:

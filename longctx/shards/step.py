@@ -29,10 +29,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One step: segments in the order of rank 0's batch, copies of pages to be made before them."""
+    """One step: segments in the order of rank 0's batch, and what is done before them."""
 
     segments: tuple[Segment, ...]
-    copies: tuple[tuple[int, int], ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()  # of pages
+    arrived: tuple[int, ...] = ()  # pages that another worker filled, and whose landmarks all ranks are to know
 
 
 class StepWriter:
@@ -54,7 +55,7 @@ class StepWriter:
             flags = [segment.key, segment.start, segment.stop, int(segment.samples), segment.rope_floor]
             heads.append([*flags, num_known, len(segment.pages), segment.export])
         self._told = told
-        head = json.dumps([heads, step.copies], separators=(",", ":")).encode()
+        head = json.dumps([heads, step.copies, step.arrived], separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
         return len(head).to_bytes(8, "little") + head + b"".join(array.tobytes() for array in arrays)
 
@@ -68,7 +69,7 @@ class StepReader:
     def read(self, data: bytes) -> Step:
         """The inverse of ``StepWriter.write``."""
         end = 8 + int.from_bytes(data[:8], "little")
-        heads, copies = json.loads(data[8:end])
+        heads, copies, arrived = json.loads(data[8:end])
         numbers = np.frombuffer(data, dtype="<i8", offset=end)
         segments, told, place = [], {}, 0
         for key, start, stop, samples, rope_floor, num_known, num_pages, export in heads:
@@ -80,4 +81,4 @@ class StepReader:
             told[key] = pages
             segments.append(Segment(key, start, stop, bool(samples), rope_floor, export, token_ids, pages))
         self._told = told
-        return Step(tuple(segments), tuple((source, target) for source, target in copies))
+        return Step(tuple(segments), tuple((source, target) for source, target in copies), tuple(arrived))

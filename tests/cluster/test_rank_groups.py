@@ -59,6 +59,29 @@ def test_ranks_under_cca_ship_once(tmp_path):
     assert shipped == [0]
 
 
+@pytest.mark.parametrize(
+    ("prefill_ranks", "decode_ranks"), [(2, 1), (1, 3), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
+def test_landmarks_are_found_by_every_rank(tmp_path, prefill_ranks, decode_ranks):
+    """Also those of pages that were sent to another rank, and of a prefix that was sent for an earlier request."""
+    method = {"name": "landmark", "block_size": 16, "landmark_token_id": 258}
+    folder = make_checkpoint(tmp_path / "model", "llama", longctx_attention=method)
+    config = make_config(folder, prefill_ranks=prefill_ranks, decode_ranks=decode_ranks, attention="native")
+    prefix = make_prompt(9, 160)
+    later = [make_request(f"p{seed}", prefix + make_prompt(seed, length)) for seed, length in ((1, 5), (2, 20))]
+    requests = make_requests(lengths=(33, 90))
+    expected = generate_alone(config, [*requests, *later])
+
+    async def serve():
+        async with start_cluster(config) as cluster:
+            answers = await asyncio.gather(*(cluster.answer(request) for request in requests))
+            return [*answers, *[await cluster.answer(request) for request in later]], cluster.num_shipped()
+
+    answers, num_shipped = asyncio.run(serve())
+    assert answers == expected
+    assert num_shipped > 0
+
+
 def test_a_cached_prefix_is_shipped_by_those_who_hold_it(folder):
     prefix = make_prompt(1, 160)
     config = make_config(folder, prefill_ranks=2, num_decode=2)

@@ -39,9 +39,10 @@ def test_steps_are_read_as_they_were_written():
         segments = [
             make_segment(key, 0, rng.randint(1, 16), pages[key], export=rng.choice(["", "x-é"])) for key in chosen
         ]
-        step = Step(tuple(segments), ((1, 2), (3, 4)) if rng.random() < 0.5 else ())
+        copies, arrived = rng.choice([(), ((1, 2), (3, 4))]), rng.choice([(), (5, 6)])
+        step = Step(tuple(segments), copies, arrived)
         read = reader.read(writer.write(step))
-        assert read.copies == step.copies
+        assert (read.copies, read.arrived) == (copies, arrived)
         assert len(read.segments) == len(step.segments)
         assert all(map(same, read.segments, step.segments))
 
@@ -79,6 +80,34 @@ def test_every_token_and_key_has_one_owner(world_size):
         queries = [row for span in layout.q_layout[rank] for row in range(span.start, span.stop)]
         own = [layout.bounds[i] + layout.positions(i, rank) for i in range(len(segments))]
         assert queries == np.concatenate(own).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_pages_that_a_step_fills_and_who_looks_at_whom(world_size):
+    rng = random.Random(world_size)
+    for _ in range(50):
+        segments = []
+        for key in range(3):
+            stop = rng.randint(1, 60)
+            pages = [rng.randrange(world_size) * PER_RANK + rng.randrange(PER_RANK) for _ in range(stop // SIZE + 1)]
+            segments.append(make_segment(key, rng.randrange(stop), stop, pages))
+        layout = StepLayout(segments, world_size=world_size, page_size=SIZE, pages_per_rank=PER_RANK)
+        filled = [
+            int(segment.pages[position // SIZE])
+            for segment in segments
+            for position in range(segment.start, segment.stop)
+            if position % SIZE == SIZE - 1
+        ]
+        ranks = range(world_size)
+        assert [pages.tolist() for pages in layout.filled_pages] == [
+            [page for page in filled if page // PER_RANK == rank] for rank in ranks
+        ]
+        for rank in ranks:
+            held = [set((s.pages[: -(-s.stop // SIZE)] // PER_RANK).tolist()) for s in segments]
+            computing = [bool(len(layout.positions(index, rank))) for index in range(3)]
+            for other in ranks:
+                met = any(other in holders for holders, is_here in zip(held, computing, strict=True) if is_here)
+                assert layout.looks_at(rank, other) == (met and rank != other)
 
 
 class Sink:

@@ -92,14 +92,14 @@ def error(actual, expected):
 
 def record_logits(engine):
     """A list that gets every step's logits."""
-    steps, forward = [], engine.decoder.forward
+    steps, compute = [], engine.decoder.logits
 
-    def recorded(batch):
-        logits = forward(batch)
+    def recorded(hidden_RC):
+        logits = compute(hidden_RC)
         steps.append(logits.clone())
         return logits
 
-    engine.decoder.forward = recorded
+    engine.decoder.logits = recorded
     return steps
 
 
