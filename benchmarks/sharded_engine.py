@@ -19,11 +19,12 @@ from typing import Any
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from longctx.engine.build import ShardGroup, build_engine, build_rank
+from longctx.engine.build import build_engine, build_rank
 from longctx.engine.config import EngineConfig
 from longctx.engine.engine import Engine
 from longctx.messages import GenerationRequest, SamplingParams
 from longctx.models.config import ModelConfig
+from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
 from longctx.shards.runner import follow
 from parallel.gloo_group import GlooGroup, open_meeting

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from cluster.config import ServeConfig
 from cluster.messages import RankReport, RankStart
 from cluster.shipping import choose_sending_pool, open_receivers, open_senders
-from longctx.engine.build import ShardGroup, build_rank
+from longctx.engine.build import build_rank
 from longctx.errors import WorkerLostError
+from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
 from longctx.shards.runner import Rank, follow_on_thread
 from memory.messages import LeaseGrant

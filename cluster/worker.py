@@ -22,11 +22,12 @@ from cluster.handle import WorkerHandle
 from cluster.messages import WorkerInfo, WorkerReport
 from cluster.rank_peers import RankPeers
 from cluster.serving import WorkerStats
-from longctx.engine.build import MakePool, ShardGroup, build_engine
+from longctx.engine.build import MakePool, build_engine
 from longctx.engine.engine import Engine
 from longctx.engine.loop import EngineLoop
 from longctx.errors import WorkerLostError
 from longctx.messages import OutputDelta
+from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
 from memory.tcp import node_address
 from parallel.gloo_group import GlooGroup

@@ -1,9 +1,8 @@
 """From the ``model`` and ``engine`` groups of the configuration to an engine."""
 
-import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,7 +37,7 @@ from longctx.shards.attention import ShardedAttention
 from longctx.shards.core_attention import SharedCoreAttention
 from longctx.shards.core_rank import CoreRank
 from longctx.shards.core_runner import CoreGroupRunner
-from longctx.shards.plans import PlanChoice
+from longctx.shards.group import ShardGroup
 from longctx.shards.rank import ShardRank
 from longctx.shards.runner import Rank, ShardRunner
 from memory.layout import KVLayout
@@ -46,26 +45,12 @@ from memory.lower_pages import LowerPages
 from memory.pages import DTYPES, PageAllocator, PagePool
 from memory.sharded_pages import ShardedPages
 from memory.tiered_pages import TieredPages
-from parallel.gloo_group import GlooGroup
 
 logger = logging.getLogger(__name__)
 
 MakePool = Callable[[KVLayout, int], PagePool]
 
 DEFAULT_PAGE_SIZE = 16  # for attention that takes any
-
-
-@dataclass(frozen=True, slots=True)
-class ShardGroup:
-    """The ranks that share one engine's sequences, and this one among them.
-
-    ``node`` names the machine: ranks on one share its cores.
-    """
-
-    group: GlooGroup
-    node: str
-    choice: PlanChoice = field(default_factory=PlanChoice)
-    timeout_s: float = 300.0  # longest wait for another rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +90,7 @@ def build_engine(
     """
     parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
     decoder, layout = parts.decoder, parts.pool.layout
-    config = engine_config if shards is None else _widen(engine_config, shards)
+    config = engine_config if shards is None else shards.widen(engine_config)
     pages: PageAllocator = parts.tiers or parts.pool
     if shards is not None and not isinstance(parts.method, CCASpec):
         pages = ShardedPages(
@@ -189,7 +174,7 @@ def _load(
         backend, page_size = choose_for_blocks(model_config.attention, backend, method, engine_config.page_size)
     else:
         page_size = _choose_page_size(engine_config.page_size, backend)
-    num_sharing = 1 if shards is None else _count_on_node(shards)
+    num_sharing = 1 if shards is None else shards.count_on_node()
     if device.type == "cpu":
         torch.set_num_threads(engine_config.num_threads or max(1, count_cores() // num_sharing))
     loaded = load_model(spec, dtype=dtype, device=device, random_weights_seed=random_weights_seed, adapter=adapter)
@@ -202,7 +187,7 @@ def _load(
     world_size = 1 if shards is None or isinstance(method, CCASpec) else shards.group.world_size
     context_pages = layout.num_pages(max_context)
     if isinstance(method, CCASpec):
-        wide = engine_config if shards is None else _widen(engine_config, shards)
+        wide = engine_config if shards is None else shards.widen(engine_config)
         context_pages = count_context_pages(method, wide, page_size, max_context)
         below = _make_below(attention, layout, device=device, max_context=max_context)
         fetch = None if below is None else CoreFetch(attention.core_fetch, below)
@@ -221,7 +206,7 @@ def _load(
         num_sharing=num_sharing,
     )
     if shards is not None:
-        num_pages = _agree_on_pages(shards, layout, num_pages)
+        num_pages = shards.agree_on_pages(layout, num_pages)
     if isinstance(method, LandmarkSpec):
         tiers = make_tiers(attention, engine_config, layout, num_pages, device=device, max_context=max_context)
         if tiers is not None:
@@ -259,26 +244,6 @@ def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
 
 def _make_core_rank(parts: _Parts, shards: ShardGroup) -> CoreRank:
     return CoreRank(parts.decoder, parts.pool, rank=shards.group.rank, world_size=shards.group.world_size)
-
-
-def _widen(config: EngineConfig, shards: ShardGroup) -> EngineConfig:
-    """Each rank computes ``max_batch_tokens`` of a step."""
-    return replace(config, max_batch_tokens=shards.group.world_size * config.max_batch_tokens)
-
-
-def _count_on_node(shards: ShardGroup) -> int:
-    """Ranks on this rank's machine."""
-    own = int.from_bytes(hashlib.blake2b(shards.node.encode(), digest_size=7).digest(), "big")
-    return shards.group.gather_numbers([own], shards.timeout_s).count([own])
-
-
-def _agree_on_pages(shards: ShardGroup, layout: KVLayout, num_pages: int) -> int:
-    """The fewest pages that any rank has room for; raises ``ConfigError`` if the ranks have unlike models."""
-    digest = int(layout.digest(), 16) >> 1
-    everyone = shards.group.gather_numbers([num_pages, digest], shards.timeout_s)
-    if any(theirs != digest for _, theirs in everyone):
-        raise ConfigError("the ranks of one worker have different models, KV dtypes, page sizes or attentions")
-    return min(theirs for theirs, _ in everyone)
 
 
 def choose_device(name: str) -> torch.device:

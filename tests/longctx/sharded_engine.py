@@ -3,9 +3,10 @@
 import threading
 from contextlib import contextmanager
 
-from longctx.engine.build import ShardGroup, build_engine, build_rank
+from longctx.engine.build import build_engine, build_rank
 from longctx.engine.config import EngineConfig
 from longctx.models.config import ModelConfig
+from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
 from longctx.shards.runner import follow_on_thread
 from parallel.gloo_group import GlooGroup, open_meeting

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from longctx.engine.build import ShardGroup, build_engine, build_rank
+from longctx.engine.build import build_engine, build_rank
 from longctx.engine.config import EngineConfig
 from longctx.engine.loop import EngineLoop
 from longctx.messages import SamplingParams
 from longctx.models.config import ModelConfig
+from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
 from longctx.shards.runner import follow
 from parallel.carrier import ExchangeError
