@@ -13,7 +13,7 @@ class ModelConfig:
     """Which checkpoint, and how it runs."""
 
     path: str = option(
-        "demo", "Hugging Face checkpoint folder, or a model that ships with longctx: demo, demo_landmark, demo_cca"
+        "demo", "Hugging Face checkpoint folder, or a model that ships: demo, demo_landmark, demo_cca"
     )
     adapter: str | None = option(None, "PEFT folder of an adapter trained on that checkpoint; null: none")
     name: str | None = option(None, "name clients use; null: the folder's name")

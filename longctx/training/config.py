@@ -18,7 +18,7 @@ class TrainModelConfig:
     """What is trained."""
 
     path: str = option(
-        "demo", "Hugging Face checkpoint folder, or a model that ships with longctx: demo, demo_landmark, demo_cca"
+        "demo", "Hugging Face checkpoint folder, or a model that ships: demo, demo_landmark, demo_cca"
     )
     init: str = option("checkpoint", "where weights start: as stored, or random ones", choices=("checkpoint", "random"))
     dtype: str = option(
@@ -142,6 +142,9 @@ class CheckpointConfig:
     )
     asynchronous: bool = option(True, "written in the background while training goes on")
     export: bool = option(True, "at the end write a Hugging Face (or PEFT) folder, output/final")
+    export_dtype: str = option(
+        "auto", "of its weights; auto: model.dtype, as they were computed with", choices=("auto", "float32", "bfloat16")
+    )
 
 
 @dataclass(frozen=True, slots=True)

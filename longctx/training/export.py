@@ -45,14 +45,15 @@ def export_model(reader: CheckpointReader, config: TrainConfig, spec: ModelSpec,
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     settings = read_settings(spec, config.model, config.train.context_length)
-    settings.dtype = config.model.dtype
+    dtype = _choose_dtype(config)
+    settings.dtype = dtype
     settings.save_pretrained(hidden)
     for pattern in _COPIED:
         for path in spec.path.glob(pattern):
             shutil.copy2(path, hidden / path.name)
     if config.data.chat_template is not None:
         shutil.copy2(config.data.chat_template, hidden / "chat_template.jinja")
-    _write_weights(reader, DTYPES[config.model.dtype], hidden)
+    _write_weights(reader, DTYPES[dtype], hidden)
     replace_folder(hidden, folder)
     return folder
 
@@ -63,11 +64,16 @@ def export_adapter(reader: CheckpointReader, config: TrainConfig, model: PreTrai
     hidden = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     names = file_names(model)
-    dtype = DTYPES[config.model.dtype]
+    dtype = DTYPES[_choose_dtype(config)]
     state = {names[name]: weight.to(dtype) for name, weight in read_weights(reader, list(names)).items()}
     save_adapter(state, model, hidden)
     replace_folder(hidden, folder)
     return folder
+
+
+def _choose_dtype(config: TrainConfig) -> str:
+    chosen = config.checkpoint.export_dtype
+    return config.model.dtype if chosen == "auto" else chosen
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -94,6 +100,7 @@ def _write_weights(reader: CheckpointReader, dtype: torch.dtype, folder: Path) -
         file = "model.safetensors" if len(groups) == 1 else f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
         tensors = {name: weight.to(dtype) for name, weight in read_weights(reader, names).items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # whoever may read one may read both
         places |= dict.fromkeys(names, file)
         total += sum(weight.numel() * weight.element_size() for weight in tensors.values())
     if len(groups) > 1:

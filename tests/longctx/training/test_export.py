@@ -1,6 +1,7 @@
 """What a training exports is what it trained: transformers loads it and finds the same loss, longctx serves it."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,6 +98,10 @@ def test_random_weights_in_several_files(tmp_path, monkeypatch):
     assert load_tokenizer(inspect_checkpoint(final)).chat_template == template.read_text()
     monkeypatch.setattr(export, "MAX_FILE_BYTES", 20_000)
     reader = CheckpointReader(list_checkpoints(tmp_path / "run")[-1])
+    whole = replace(config, checkpoint=replace(config.checkpoint, export_dtype="float32"))
+    precise = export.export_model(reader, whole, inspect_checkpoint(model, require_weights=False), tmp_path / "precise")
+    assert inspect_checkpoint(precise).dtype == "float32"
+    assert {oct(path.stat().st_mode) for path in precise.iterdir()} == {oct((precise / "config.json").stat().st_mode)}
     pieces = export.export_model(reader, config, inspect_checkpoint(model, require_weights=False), tmp_path / "pieces")
     places = json.loads((pieces / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(places.values())) == len(list(pieces.glob("*.safetensors"))) > 3
