@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from longctx.models.checkpoint import SHIPPED
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("longctx", "parallel", "memory", "cluster")
 LINT = Path(sys.executable).with_name("lint-imports")
@@ -60,7 +62,7 @@ def test_the_import_contracts_hold():
 @pytest.mark.parametrize(("contract", "file", "line"), FORBIDDEN)
 def test_each_contract_finds_what_it_forbids(tmp_path, contract, file, line):
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("demo", "__pycache__"))
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns(*SHIPPED, "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / file).open("a") as source:
         source.write(f"\n{line}\n")

@@ -35,8 +35,14 @@ class CoreFetch:
     def __init__(self, num_groups: int, below: LowerPages) -> None:
         self._num_groups, self._below = num_groups, below
 
-    def merge_(self, out_THD: torch.Tensor, lse_TH: torch.Tensor, q_THD: torch.Tensor, shape: AttentionShape,
-               batch: PackedBatch) -> None:  # fmt: skip
+    def merge_(
+        self,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+        q_THD: torch.Tensor,
+        shape: AttentionShape,
+        batch: PackedBatch,
+    ) -> None:
         """Add what every token sees beyond its window to float32 ``out_THD`` and ``lse_TH``, which have seen that."""
         assert batch.cores is not None
         for segment in batch.cores.segments:

@@ -12,9 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ModelConfig:
     """Which checkpoint, and how it runs."""
 
-    path: str = option(
-        "demo", "Hugging Face checkpoint folder, or a model that ships: demo, demo_landmark, demo_cca"
-    )
+    path: str = option("demo", "Hugging Face checkpoint folder, or a model that ships: demo, demo_landmark, demo_cca")
     adapter: str | None = option(None, "PEFT folder of an adapter trained on that checkpoint; null: none")
     name: str | None = option(None, "name clients use; null: the folder's name")
     dtype: str = option("auto", "element type of weights and KV; auto: the checkpoint's", choices=DTYPES)

@@ -17,9 +17,7 @@ LAYOUT_NAMES = ("balanced", "zigzag", "striped", "contiguous")
 class TrainModelConfig:
     """What is trained."""
 
-    path: str = option(
-        "demo", "Hugging Face checkpoint folder, or a model that ships: demo, demo_landmark, demo_cca"
-    )
+    path: str = option("demo", "Hugging Face checkpoint folder, or a model that ships: demo, demo_landmark, demo_cca")
     init: str = option("checkpoint", "where weights start: as stored, or random ones", choices=("checkpoint", "random"))
     dtype: str = option(
         "auto",
