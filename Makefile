@@ -1,4 +1,4 @@
-# install: a virtual environment with everything.  serve: the shipped model on 127.0.0.1:8000.
+# install: a virtual environment with everything.  serve: a shipped model on 127.0.0.1:8000 (model=demo_landmark, demo_cca: others).
 # test, slow, check, bench: see CONTRIBUTING.md.  ARGS passes overrides: make serve ARGS="server.port=9000"
 
 # The first that runs and is new enough: a name on the PATH may be a version manager's shim without a Python behind it.
@@ -50,7 +50,7 @@ bench: install
 	$(BIN)/python -m benchmarks.serving --quick $(ARGS)
 
 serve: install
-	$(BIN)/longctx serve $(ARGS)
+	$(BIN)/longctx serve $(if $(model),model=$(model)) $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache
