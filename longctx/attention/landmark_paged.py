@@ -190,32 +190,27 @@ class LandmarkAttention(OuterAttention):
         key_B, counts_B = key_S.unique_consecutive(return_counts=True)
         border_B1 = torch.cat((counts_B.new_zeros(1), counts_B.cumsum(0))).int()
         q_SD = q_TKGkD.flatten(0, 3)[place_S]
-        seen_SD = self._see_whole(q_SD, key_B // num_kv_heads, key_B % num_kv_heads, border_B1, shape, batch)
+        seen = HeadPages(border_B1, key_B // num_kv_heads, key_B % num_kv_heads)
+        seen_SD = self._see_whole(q_SD, seen, shape, batch)
         seen_SD = seen_SD * gates_TKGk.flatten()[place_S, None]
         out_TKGD.view(-1, shape.head_dim).index_add_(0, place_S // num_ranks, seen_SD)
 
     def _see_whole(
-        self,
-        q_SD: torch.Tensor,
-        page_B: torch.Tensor,
-        kv_head_B: torch.Tensor,
-        border_B1: torch.Tensor,
-        shape: AttentionShape,
-        batch: PackedBatch,
+        self, q_SD: torch.Tensor, seen: HeadPages, shape: AttentionShape, batch: PackedBatch
     ) -> torch.Tensor:
         """Attention ``[S, D]`` of each segment's rows to a block of one KV head; blocks are in ascending order."""
         if self._tiers is None:
-            return self.inner.attend_pages(q_SD, shape, HeadPages(border_B1, page_B, kv_head_B), batch.pool)
-        pages, counts = (x.cpu() for x in page_B.unique_consecutive(return_counts=True))
-        ends, seen = [0, *counts.cumsum(0).tolist()], []
+            return self.inner.attend_pages(q_SD, shape, seen, batch.pool)
+        pages, counts = (x.cpu() for x in seen.pages_B.unique_consecutive(return_counts=True))
+        ends, outs = [0, *counts.cumsum(0).tolist()], []
         for part, frames in self._tiers.look_at(shape.layer_idx, pages):
             blocks = slice(ends[part.start], ends[part.stop])
-            frame_B = frames.repeat_interleave(counts[part]).to(page_B.device)
-            borders = border_B1[blocks.start : blocks.stop + 1]
-            own = HeadPages(borders - borders[0], frame_B, kv_head_B[blocks])
-            seen.append(self.inner.attend_pages(q_SD[int(borders[0]) : int(borders[-1])], shape, own, batch.pool))
+            frame_B = frames.repeat_interleave(counts[part]).to(seen.pages_B.device)
+            borders = seen.cu_seqlens_B1[blocks.start : blocks.stop + 1]
+            own = HeadPages(borders - borders[0], frame_B, seen.kv_heads_B[blocks])
+            outs.append(self.inner.attend_pages(q_SD[int(borders[0]) : int(borders[-1])], shape, own, batch.pool))
         self._tiers.end_layer(shape.layer_idx, pages)
-        return torch.cat(seen) if seen else q_SD.float()
+        return torch.cat(outs) if outs else q_SD.float()
 
 
 _CHOICE_DTYPES = (torch.int64, torch.bool, torch.int64)

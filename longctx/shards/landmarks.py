@@ -107,16 +107,10 @@ class ShardedLandmarks(LandmarkAttention):
         self._keys.write(layer_idx, torch.from_numpy(np.concatenate(pages)).to(keys_LKD.device), keys_LKD)
 
     def _see_whole(
-        self,
-        q_SD: torch.Tensor,
-        page_B: torch.Tensor,
-        kv_head_B: torch.Tensor,
-        border_B1: torch.Tensor,
-        shape: AttentionShape,
-        batch: PackedBatch,
+        self, q_SD: torch.Tensor, seen: HeadPages, shape: AttentionShape, batch: PackedBatch
     ) -> torch.Tensor:
-        layout, carrier = _layout_of(batch), self._carrier
-        blocks_3B = torch.stack((page_B, kv_head_B, border_B1.diff().long()))
+        layout, carrier, page_B, border_B1 = _layout_of(batch), self._carrier, seen.pages_B, seen.cu_seqlens_B1
+        blocks_3B = torch.stack((page_B, seen.kv_heads_B, border_B1.diff().long()))
         ranks = range(carrier.world_size)
         # pages ascend, so that what each rank is asked lies behind each other
         first_pages = torch.arange(len(ranks) + 1, device=page_B.device) * self._pages_per_rank
@@ -133,8 +127,8 @@ class ShardedLandmarks(LandmarkAttention):
         def see(rows: BlockRows) -> torch.Tensor:
             pages, kv_heads, counts = rows.blocks_3B
             borders = torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
-            seen = HeadPages(borders, pages % self._pages_per_rank, kv_heads)
-            return self.inner.attend_pages(rows.q_SD, shape, seen, batch.pool)
+            here = HeadPages(borders, pages % self._pages_per_rank, kv_heads)
+            return self.inner.attend_pages(rows.q_SD, shape, here, batch.pool)
 
         exchange = BlockExchange(
             carrier,
