@@ -30,7 +30,7 @@ class CorePages:
     """What one sequence holds besides the pages of its nearest tokens (``Sequence.pages``)."""
 
     sizes: CoreSizes
-    cores: list[int] = field(default_factory=list)  # pages of cores, in order
+    cores: list[int] = field(default_factory=list)  # their pages in order, bounds behind each if groups are fetched
     spare: list[int] = field(default_factory=list)  # empty ones, for the tokens of the next chunk
     num_passed: int = 0  # pages of tokens before the first that is held: they are free again
     kept: list[int] = field(default_factory=list)  # their copies below, in order, and places of coming ones
@@ -50,14 +50,16 @@ class CoreCapacity:
     Args:
         page_size: entries of a page: tokens or cores.
         chunk_size: tokens that one step computes at most, a multiple of ``page_size``; chunks begin where pages do.
+        core_stride: pages that so many cores take: 2 if a page of cores is followed by one of their groups' bounds.
     """
 
     page_size: int
     chunk_size: int
+    core_stride: int = 1
 
     def count_core_pages(self, sizes: CoreSizes, num_tokens: int) -> int:
-        """Pages of all cores of ``num_tokens`` tokens."""
-        return -(-sizes.num_cores(num_tokens) // self.page_size)
+        """Pages of all cores of ``num_tokens`` tokens, and of their groups' bounds where there are any."""
+        return self.core_stride * -(-sizes.num_cores(num_tokens) // self.page_size)
 
     def count_token_pages(self, sizes: CoreSizes, num_tokens: int) -> int:
         """Pages of tokens at most at one time, while ``num_tokens`` are computed in chunks or one by one."""

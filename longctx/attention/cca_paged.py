@@ -15,7 +15,7 @@ from longctx.attention.backend import AttentionBackend, HeadNorm, rotate
 from longctx.attention.batch import AttentionShape, PackedBatch
 from longctx.attention.cca import place_cores, weigh_groups
 from longctx.attention.core_batch import EndingGroups
-from longctx.attention.core_fetch import CoreFetch
+from longctx.attention.core_fetch import CoreFetch, write_bounds
 from longctx.attention.outer import OuterAttention
 from longctx.models.attention_spec import CCASpec
 from longctx.models.rope import RotaryTable
@@ -76,6 +76,8 @@ class CoreAttention(OuterAttention):
         cos, sin = self._rotary.turn_between(positions.expand(core_k_NKD.shape[:2]).flatten())
         turned = rotate(core_k_NKD.flatten(0, 1)[:, None], cos, sin)
         write_rows(pool, shape.layer_idx, groups.core_slots_N, turned.view_as(core_k_NKD), core_v_NKD)
+        if groups.bound_slots_N is not None:
+            write_bounds(pool, shape.layer_idx, groups.bound_slots_N, k_MKD.unflatten(0, (-1, size)))
 
 
 def rotate_back(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:

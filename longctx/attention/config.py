@@ -54,8 +54,8 @@ class AttentionConfig:
     )
     core_fetch: int = option(
         0,
-        "cca: groups that each head sees token by token, for each token those whose cores score highest; their tokens "
-        "are kept below",
+        "cca: groups that each head sees token by token, for each token those whose keys' bounds promise most; their "
+        "tokens are kept below",
         minimum=0,
     )
 

@@ -20,6 +20,7 @@ class EndingGroups:
     slots_M: torch.Tensor  # int64 [N * g], where the tokens' keys and values are
     positions_M: torch.Tensor  # int64 [N * g], of the tokens
     core_slots_N: torch.Tensor  # int64, where the cores go
+    bound_slots_N: torch.Tensor | None = None  # int64, where the groups' bounds go, if groups are fetched
     cos_MD: torch.Tensor | None = None  # float32, at ``positions_M``; set in the first layer
     sin_MD: torch.Tensor | None = None
 
@@ -31,6 +32,7 @@ class CoreSegment:
     rows: slice  # of T
     group_size: int
     core_slots_N: torch.Tensor  # int64, of all cores that any of its tokens sees: at least one
+    bound_slots_N: torch.Tensor  # int64, of their groups' bounds
     table_P: torch.Tensor  # int64, the pages of tokens that it still has
     num_passed: int  # pages before those
     kept: list[int]  # where these are below

@@ -188,7 +188,8 @@ def _load(
     context_pages = layout.num_pages(max_context)
     if isinstance(method, CCASpec):
         wide = engine_config if shards is None else shards.widen(engine_config)
-        context_pages = count_context_pages(method, wide, page_size, max_context)
+        fetches = attention.core_fetch > 0
+        context_pages = count_context_pages(method, wide, page_size, max_context, fetches=fetches)
         below = _make_below(attention, layout, device=device, max_context=max_context)
         fetch = None if below is None else CoreFetch(attention.core_fetch, below)
         if shards is None:

@@ -54,13 +54,15 @@ class CoreMethod:
         if below is not None:
             self._model_context = min(max_context, below.num_pages * layout.page_size)
         most = min(config.max_batch_tokens, pool.num_pages * layout.page_size // CHUNK_SHARE)
-        self._capacity = _make_capacity(layout.page_size, most)
+        core_stride = count_stride(fetches=below is not None)
+        self._capacity = _make_capacity(layout.page_size, most, core_stride)
         self.max_context = self._count_context(CoreSizes(spec.group_size, spec.window))
         rows = CoreRows(
             num_rows=2 * config.max_sequences,
             num_tokens=count_step_tokens(config, layout.page_size),
             num_table_pages=min(layout.num_pages(max_context), pool.num_pages),  # whatever sizes are asked for
             page_size=layout.page_size,
+            core_stride=core_stride,
         )
         self.rows: DecodeRows = rows
         self.scheduler: Scheduler = CoreScheduler(
@@ -72,13 +74,12 @@ class CoreMethod:
             sizes_of=self.sizes_of,
             below=below,
         )
-        fetches = below is not None
-        self.ships_kv = not fetches
+        self.ships_kv = below is None
         self.runner: Runner
         if make_runner is not None:
             self.runner = make_runner(rows)
         else:
-            self.runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device, fetches=fetches)
+            self.runner = CoreRunner(decoder, pool, rows=rows, device=decoder.device)
 
     def sizes_of(self, request: GenerationRequest) -> CoreSizes:
         """Groups and window of a request; raises ``RequestError`` for what it must not ask for."""
@@ -98,12 +99,19 @@ class CoreMethod:
         return self._capacity.count_tokens(sizes, self._num_pages, at_most=self._model_context)
 
 
-def count_context_pages(spec: CCASpec, config: EngineConfig, page_size: int, max_context: int) -> int:
+def count_stride(*, fetches: bool) -> int:
+    """Pages that a page of cores takes: where groups are fetched, one of bounds follows it."""
+    return 2 if fetches else 1
+
+
+def count_context_pages(
+    spec: CCASpec, config: EngineConfig, page_size: int, max_context: int, *, fetches: bool
+) -> int:
     """Pages of a sequence of ``max_context`` tokens in a pool where chunks are whole steps."""
-    capacity = _make_capacity(page_size, config.max_batch_tokens)
+    capacity = _make_capacity(page_size, config.max_batch_tokens, count_stride(fetches=fetches))
     return capacity.count_pages(CoreSizes(spec.group_size, spec.window), max_context)
 
 
-def _make_capacity(page_size: int, chunk_size: int) -> CoreCapacity:
+def _make_capacity(page_size: int, chunk_size: int, core_stride: int) -> CoreCapacity:
     """With chunks of whole pages, at least one."""
-    return CoreCapacity(page_size, max(page_size, chunk_size - chunk_size % page_size))
+    return CoreCapacity(page_size, max(page_size, chunk_size - chunk_size % page_size), core_stride)

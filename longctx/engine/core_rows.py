@@ -11,11 +11,19 @@ from longctx.engine.sequence import Int64Array, Sequence
 
 
 class CoreRows(DecodeRows):
-    """As ``DecodeRows``, with what CCA needs by row."""
+    """As ``DecodeRows``, with what CCA needs by row.
 
-    def __init__(self, *, num_rows: int, num_tokens: int, num_table_pages: int, page_size: int) -> None:
+    Args:
+        num_rows, num_tokens, num_table_pages, page_size: as there.
+        core_stride: as in ``CoreCapacity``.
+    """
+
+    def __init__(
+        self, *, num_rows: int, num_tokens: int, num_table_pages: int, page_size: int, core_stride: int = 1
+    ) -> None:
         super().__init__(num_rows=num_rows, num_tokens=num_tokens, num_table_pages=num_table_pages, page_size=page_size)
-        self.core_tables = np.zeros_like(self.tables)
+        self.core_stride = core_stride
+        self.core_tables = np.zeros((num_rows, core_stride * self.tables.shape[1]), dtype=self.tables.dtype)
         self.group_sizes = np.ones(num_rows, dtype=np.int64)
         self.windows = np.ones(num_rows, dtype=np.int64)
         self.num_passed = np.zeros(num_rows, dtype=np.int64)  # pages of tokens that are no longer held
@@ -67,10 +75,10 @@ class CoreRows(DecodeRows):
         cores = sequence.cores
         assert cores is not None
         num_cores = cores.sizes.num_cores(int(self.positions[sequence.row]) + 1)
-        return num_cores > len(cores.cores) * self.page_size
+        return num_cores > len(cores.cores) // self.core_stride * self.page_size
 
     def add_core_page(self, sequence: Sequence, page: int) -> None:
-        """Append a page for cores to a sequence and its row."""
+        """Append a page for cores, or for bounds, to a sequence and its row."""
         assert sequence.cores is not None
         self.core_tables[sequence.row, len(sequence.cores.cores)] = page
         sequence.cores.cores.append(page)

@@ -19,17 +19,15 @@ class CoreRunner(ModelRunner):
     """As ``ModelRunner``.
 
     Args:
-        decoder, pool, rows, device: as there.
-        fetches: whether groups are fetched (``longctx/attention/core_fetch.py``).
+        decoder, pool, rows, device: as there. Where rows have bounds, groups are fetched
+            (``longctx/attention/core_fetch.py``).
     """
 
     rows: CoreRows
 
-    def __init__(
-        self, decoder: Decoder, pool: PagePool, *, rows: CoreRows, device: torch.device, fetches: bool = False
-    ) -> None:
+    def __init__(self, decoder: Decoder, pool: PagePool, *, rows: CoreRows, device: torch.device) -> None:
         super().__init__(decoder, pool, rows=rows, device=device)
-        self._fetches, self._device = fetches, device
+        self._device = device
 
     def lay_step(
         self, chunks: list[Chunk], on_layer: Callable[[int], None] | None = None
@@ -50,12 +48,13 @@ class CoreRunner(ModelRunner):
             rows.group_sizes[:num_segments],
             rows.windows[:num_segments],
             self.inputs.logit_rows.array[: len(batch.logit_rows_R)],
+            rows.core_stride,
         )
 
     def _lay_out(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None) -> PackedBatch:
         batch, step = self.lay_step(chunks, on_layer)
         batch.cores = lay_cores(step, self._upload)
-        if self._fetches:
+        if self.rows.core_stride > 1:
             sequences = [*self.rows.sequences, *(chunk.sequence for chunk in chunks)]
             batch.cores.segments = tuple(self._list_segments(sequences, step))
         return batch
@@ -69,11 +68,12 @@ class CoreRunner(ModelRunner):
             num_cores = int(first_T[rows.stop - 1]) // cores.sizes.group_size
             if num_cores:
                 core_idx = np.arange(num_cores)
-                slots = step.locate_cores(np.full_like(core_idx, row), core_idx)
+                row_N = np.full_like(core_idx, row)
                 yield CoreSegment(
                     rows,
                     cores.sizes.group_size,
-                    self._upload(slots, torch.int64),
+                    self._upload(step.locate_cores(row_N, core_idx), torch.int64),
+                    self._upload(step.locate_bounds(row_N, core_idx), torch.int64),
                     self._upload(np.array(sequence.pages), torch.int64),
                     cores.num_passed,
                     cores.kept,

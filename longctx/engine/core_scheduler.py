@@ -91,7 +91,7 @@ class CoreScheduler(Scheduler):
         assert cores is not None
         size, pool = self._layout.page_size, self.cache.pool
         num_full = source.num_computed // size - cores.num_passed
-        num_full_cores = cores.sizes.num_cores(source.num_computed) // size
+        num_full_cores = self._capacity.core_stride * (cores.sizes.num_cores(source.num_computed) // size)
         partial = source.pages[num_full:] + cores.cores[num_full_cores:]
         fresh = pool.allocate(len(partial), beside=partial)
         if fresh is None:
@@ -128,10 +128,11 @@ class CoreScheduler(Scheduler):
                 if page is None:
                     continue
                 self.rows.add_page(sequence, page)
-            if self.rows.lacks_core_page(sequence):
+            while self.rows.lacks_core_page(sequence):
                 page = self._take_page(sequence)
-                if page is not None:
-                    self.rows.add_core_page(sequence, page)
+                if page is None:
+                    break
+                self.rows.add_core_page(sequence, page)
 
     def _pass_decode(self, sequence: Sequence) -> bool:
         """Give the pages back that left a decoding sequence's window; False if it was preempted for want of room."""

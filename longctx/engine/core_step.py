@@ -33,6 +33,7 @@ class CoreStep:
     group_sizes_B: Int64Array
     windows_B: Int64Array
     logit_rows_R: Int64Array
+    core_stride: int = 1  # as in ``CoreCapacity``
 
     @property
     def row_T(self) -> Int64Array:
@@ -49,7 +50,11 @@ class CoreStep:
 
     def locate_cores(self, rows: Int64Array, core_idx: Int64Array) -> Int64Array:
         """Slots of cores by their number in the sequence."""
-        return locate_entries(self.core_tables_BP, rows, core_idx, self.page_size)
+        return locate_entries(self.core_tables_BP[:, :: self.core_stride], rows, core_idx, self.page_size)
+
+    def locate_bounds(self, rows: Int64Array, core_idx: Int64Array) -> Int64Array:
+        """Slots of groups' bounds, where there are any."""
+        return locate_entries(self.core_tables_BP[:, 1 :: self.core_stride], rows, core_idx, self.page_size)
 
 
 def lay_cores(step: CoreStep, upload: Upload, *, own: slice | None = None) -> CoreBatch:
@@ -72,7 +77,7 @@ def lay_cores(step: CoreStep, upload: Upload, *, own: slice | None = None) -> Co
     first_S, last_S = ((x - passed_T)[own] for x in (first_T, step.positions_T + 1))
     far, most = None, int(num_cores_T[own].max(initial=0))
     if most:
-        core_tables = step.core_tables_BP[has_rows, : -(-most // step.page_size)]
+        core_tables = step.core_tables_BP[has_rows, :: step.core_stride][:, : -(-most // step.page_size)]
         last = upload(num_cores_T[own], torch.int32)
         far = KeyRanges(cu_seqlens_B1, upload(core_tables, torch.int32), torch.zeros_like(last), last)
     return CoreBatch(
@@ -93,7 +98,8 @@ def _find_ending(step: CoreStep, row_T: Int64Array, upload: Upload) -> tuple[End
         row_N, stop_N = row_T[last_N], step.positions_T[last_N] + 1
         position_Ng = stop_N[:, None] + np.arange(-size, 0)
         slots_Ng = step.locate(np.broadcast_to(row_N[:, None], position_Ng.shape), position_Ng)
-        core_slots_N = step.locate_cores(row_N, stop_N // size - 1)
-        arrays = (last_N, slots_Ng.reshape(-1), position_Ng.reshape(-1), core_slots_N)
+        arrays = [last_N, slots_Ng.reshape(-1), position_Ng.reshape(-1), step.locate_cores(row_N, stop_N // size - 1)]
+        if step.core_stride > 1:
+            arrays.append(step.locate_bounds(row_N, stop_N // size - 1))
         found.append(EndingGroups(size, *(upload(array, torch.int64) for array in arrays)))
     return tuple(found)

@@ -14,7 +14,7 @@ from longctx.shards.exports import OwnPages, RankExports
 from longctx.shards.step import Segment
 from memory.pages import PagePool
 
-_ARRAYS = tuple(field.name for field in fields(CoreStep) if field.name != "page_size")
+_ARRAYS = tuple(field.name for field in fields(CoreStep) if field.name not in ("page_size", "core_stride"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -29,6 +29,7 @@ class DataConfig:
     demo_recall: float = option(
         0.6, "share of generated rows that hide facts and ask for them (data.path=demo)", minimum=0, maximum=1
     )
+    demo_facts: int = option(4, "facts that such a row hides at most, if they leave room", minimum=1)
     packing: bool = option(True, "several rows in one sequence, each attending only to itself")
     shuffle: bool = option(True, "rows in another order in every epoch")
     seed: int = option(0, "of the order of rows", minimum=0)

@@ -15,11 +15,11 @@ from longctx.training.data.config import DataConfig
 from longctx.training.data.sources import DEMO_NAMES
 
 NUM_ROWS = 1 << 20
-_CHAT_SHARE = 0.6  # of rows with facts
-_ONE_FACT_SHARE = 0.4
-_MAX_FACTS = 4
-_FACT_CHARACTERS = 110  # of a fact, its question and its answer
-_FRAME_CHARACTERS = 60  # of a chat's marks
+_CHAT_SHARE = 0.8  # of rows with facts
+_ONE_FACT_SHARE = 0.3
+_MAX_ASKED = 4  # facts of a chat that are asked for, one in each turn
+_TURN_CHARACTERS = 24  # of a turn's marks
+_LEAST_TEXT = 20  # characters around the facts
 
 
 class DemoRows:
@@ -44,18 +44,28 @@ class DemoRows:
         config, rng = self._config, random.Random(f"{self._name} {row_idx}")
         if rng.random() >= config.demo_recall:
             return {config.text_key: self._corpus.draw_lines(rng, config.demo_tokens)}
-        num_facts = 1 if rng.random() < _ONE_FACT_SHARE else rng.randint(2, _MAX_FACTS)
+        num_facts = 1 if rng.random() < _ONE_FACT_SHARE else rng.randint(2, max(2, config.demo_facts))
         facts = demo_data.make_facts(rng, num_facts)
-        room = config.demo_tokens - _FACT_CHARACTERS * len(facts) - _FRAME_CHARACTERS
-        text = self._corpus.draw_lines(rng, max(20, room))
+        is_chat = rng.random() < _CHAT_SHARE
+        num_asked = _MAX_ASKED if is_chat else 1
+        while len(facts) > 1 and self._find_room(facts, num_asked) < _LEAST_TEXT:
+            facts.pop()
+        rng.shuffle(facts)
+        text = self._corpus.draw_lines(rng, max(_LEAST_TEXT, self._find_room(facts, num_asked)))
         spans = demo_data.hide(text, facts, [rng.random() for _ in facts], rng)
         document = "".join(span.text for span in spans)
-        asked = rng.sample(facts, len(facts))
-        if rng.random() < _CHAT_SHARE:
+        asked = facts[:num_asked]
+        if is_chat:
             return {config.messages_key: _make_chat(document, asked)}
         question = f"{asked[0].question} " if rng.random() < 0.8 else ""
         prompt = f"{document}\n\n{question}{asked[0].lead}"
         return {config.prompt_key: prompt, config.completion_key: f" {asked[0].value}."}
+
+    def _find_room(self, facts: list[demo_data.Fact], num_asked: int) -> int:
+        """Characters of a row that facts, and the questions for the longest of them, leave."""
+        told = sum(len(fact.sentence) + 1 for fact in facts)
+        turns = sorted(len(fact.question) + len(fact.answer) + _TURN_CHARACTERS for fact in facts)
+        return self._config.demo_tokens - told - sum(turns[-num_asked:])
 
 
 def _make_chat(document: str, asked: list[demo_data.Fact]) -> list[dict[str, str]]:

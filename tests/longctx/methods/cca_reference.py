@@ -32,7 +32,8 @@ def cca_reference(
                 for i in range(stop - start):
                     num_cores = max(0, (i + 1 - window) // group_size)
                     query = turn(queries[i, h], i)
-                    fetched = _best_cores([core for core, _ in cores[:num_cores]], query * scale, core_fetch)
+                    rotated = [turn(keys[j], j) for j in range(num_cores * group_size)] if core_fetch else []
+                    fetched = _best_groups(rotated, group_size, query * scale, core_fetch)
                     pooled = [core for idx, core in enumerate(cores[:num_cores]) if idx not in fetched]
                     raw = [idx * group_size + offset for idx in fetched for offset in range(group_size)]
                     raw += range(num_cores * group_size, i + 1)
@@ -44,7 +45,10 @@ def cca_reference(
     return torch.stack(out).unflatten(0, q.shape[:2])
 
 
-def _best_cores(keys, query, count):
-    """Numbers of the highest-scoring cores, the newest of those that are equal to 1/1024."""
-    scores = [round(float(key @ query) * 1024) for key in keys]
-    return sorted(range(len(keys)), key=lambda idx: (scores[idx], idx), reverse=True)[:count]
+def _best_groups(keys, group_size, query, count):
+    """Numbers of the groups with the highest bound on a score, the newest of those that are equal to 1/1024."""
+    scores = []
+    for first in range(0, len(keys), group_size):
+        by_dim = torch.stack(keys[first : first + group_size]) * query
+        scores.append(round(float(by_dim.amax(0).sum()) * 1024))  # the greatest product of each dimension
+    return sorted(range(len(scores)), key=lambda idx: (scores[idx], idx), reverse=True)[:count]

@@ -70,7 +70,7 @@ def test_demo_rows_are_generated() -> None:
     texts = [row["text"] for row in read if "text" in row]
     completions = [row for row in read if "prompt" in row]
     chats = [row["messages"] for row in read if "messages" in row]
-    assert 25 < len(texts) < 55 and len(completions) > 10 and len(chats) > 20
+    assert 25 < len(texts) < 55 and len(completions) > 5 and len(chats) > 20
     assert all(row["completion"].strip(" .") in row["prompt"] for row in completions)
     for chat in chats:
         answers = [message["content"] for message in chat if message["role"] == "assistant"]
@@ -78,6 +78,15 @@ def test_demo_rows_are_generated() -> None:
     lengths = [sum(len(str(part)) for part in row.values()) for row in read]
     assert 300 < sum(lengths) / len(lengths) < 550
     assert rows.place(7) == "demo#7"
+
+
+def test_demo_rows_hide_more_than_they_ask_for_and_keep_to_their_length() -> None:
+    rows = open_source("demo", DataConfig(demo_tokens=480, demo_recall=1.0, demo_facts=9))
+    read = [rows.read(row_idx) for row_idx in range(200)]
+    chats = [row["messages"] for row in read if "messages" in row]
+    assert {len(chat) for chat in chats} == {2, 4, 6, 8}  # no more than four questions
+    assert all(len(row["prompt"]) + len(row["completion"]) <= 480 for row in read if "prompt" in row)
+    assert all(sum(len(message["content"]) for message in chat) <= 480 for chat in chats)
 
 
 @pytest.mark.parametrize(("path", "chosen"), [("demo", "jsonl"), ("rows.jsonl", "demo")])
