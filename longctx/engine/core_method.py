@@ -104,9 +104,7 @@ def count_stride(*, fetches: bool) -> int:
     return 2 if fetches else 1
 
 
-def count_context_pages(
-    spec: CCASpec, config: EngineConfig, page_size: int, max_context: int, *, fetches: bool
-) -> int:
+def count_context_pages(spec: CCASpec, config: EngineConfig, page_size: int, max_context: int, *, fetches: bool) -> int:
     """Pages of a sequence of ``max_context`` tokens in a pool where chunks are whole steps."""
     capacity = _make_capacity(page_size, config.max_batch_tokens, count_stride(fetches=fetches))
     return capacity.count_pages(CoreSizes(spec.group_size, spec.window), max_context)
