@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from memory.block_store import BlockStore
+from memory.block_store import BlockStore, put_blocks
 from memory.landmark_keys import make_landmark_table
 from memory.layout import KVLayout
 from memory.pages import PageAllocator, PagePool
@@ -186,9 +186,7 @@ class TieredPages(PageAllocator):
         if missing.any():
             self.num_fetched += int(missing.sum())
             blocks = self._store.read(layer_idx, pages_B[missing])
-            places = frames[missing] + self._num_staging
-            device = self.near.storage.device
-            self.near.storage[layer_idx].index_copy_(0, places.to(device), blocks.to(device))
+            put_blocks(self.near.storage[layer_idx], frames[missing] + self._num_staging, blocks)
         return frames + self._num_staging
 
     def _fetch_ahead(self, layer_idx: int, pages: torch.Tensor) -> None:

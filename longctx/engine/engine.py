@@ -141,10 +141,9 @@ class Engine:
         active.num_cached_tokens = first.num_cached_tokens
         source = active.sequences[0]
         source.sampler = active.make_sampler(first.seed)
-        page_size, num_found = self.pool.layout.page_size, source.num_computed
-        source.num_computed = len(active.prompt)
-        first, last = num_found // page_size, source.num_computed // page_size
-        self.pool.note_arrived(source.pages[first:], last - first)
+        page_size, num_tokens = self.pool.layout.page_size, len(active.prompt)
+        num_found, source.num_computed = source.num_computed // page_size, num_tokens
+        self.pool.note_arrived(source.pages[num_found:], num_tokens // page_size - num_found)
         self._scheduler.remember(source)
         logprobs = first.logprobs or [None] * params.n
         return self._continuation.begin(source, source.first_samplers(), first.token_ids, logprobs)
