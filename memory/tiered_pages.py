@@ -7,9 +7,10 @@
 A page gets a staging frame when its first token comes and gives it up once it is full and the step is over: then all of
 its layers go down, each with the landmark's key behind it, as a page travels. What is sent to another worker goes down
 layer by layer, as each is final, and is sent from there; what arrives is written there, and but for a page that is not
-full nothing of it comes near before it is looked at. What a step looks at is either staged or fetched, layer by layer; a layer that sees more blocks than
-the cache holds sees them in turns. While a layer computes, the blocks that the next one saw in the step before are
-fetched ahead.
+full nothing of it comes near before it is looked at.
+
+What a step looks at is either staged or fetched, layer by layer; a layer that sees more blocks than the cache holds
+sees them in turns. While a layer computes, the blocks that the next one saw in the step before are fetched ahead.
 """
 
 from collections.abc import Iterator, Sequence

@@ -71,9 +71,7 @@ def make_tiers(
             f"{MIN_CACHE} are looked at), {num_near} fit"
         )
     store = make_store(attention, layout, device=device, max_context=max_context, make_pool=make_pool)
-    return TieredPages(
-        layout, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=device
-    )
+    return TieredPages(layout, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=device)
 
 
 def take_landmarks(

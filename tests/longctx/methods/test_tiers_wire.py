@@ -142,3 +142,114 @@ def test_the_receiver_goes_on_bit_for_bit(folder, transport, prefill_blocks, dec
             assert all(torch.equal(own, theirs) for own, theirs in zip(actual, steps, strict=True))
             actual.clear()
             expected.clear()
+
+
+@pytest.mark.parametrize("blocks", ["host", "file"])
+def test_what_is_sent_is_what_near_pages_are(folder, blocks):
+    """Landmarks included, also of a prefix that was computed for an earlier prompt."""
+    held = []
+    for place in ("near", blocks):
+        with make_wire(folder, "tcp", place, place) as wire:
+            wire.ship(make_request("a", make_prompt(1, 400)))
+            wire.begin(make_request("b", [*make_prompt(1, 300), *make_prompt(2, 100)]))
+            run(wire.prefill)
+            parts = [each._requests[name].sequences[0] for each, name in ((wire.prefill, "b"), (wire.decode, "a"))]
+            pools = (wire.prefill.shipped_pool, wire.decode.shipped_pool)
+            held += [pool.storage[:, part.pages[:25]].clone() for pool, part in zip(pools, parts, strict=True)]
+            wire.arrive(make_request("b", make_prompt(1, 1)))
+            assert wire.prefill.stats().num_cached_tokens == 18 * BLOCK
+            run(wire.decode)
+    assert held[0].any()
+    assert torch.equal(held[0], held[2])
+    assert torch.equal(held[1], held[3])
+
+
+def test_forks_preemption_and_prefixes(folder):
+    """Six sequences that do not fit below together, two of them of one prompt, others with its prefix."""
+    prompts = [make_prompt(seed, 100) for seed in range(4)]
+    prompts.append([*prompts[0][:70], *make_prompt(9, 30)])
+    params = [replace(GREEDY, max_tokens=60, n=1 + (idx == 0)) for idx in range(len(prompts))]
+    alone = make_engine(folder, "near", prefix_cache=False)
+    expected = {}
+    for idx, prompt in enumerate(prompts):
+        alone.add(make_request(str(idx), prompt, params[idx]))
+        expected |= collect(run(alone))
+    options = {"num_below": 38, "max_sequences": 8, "num_near": 128 // BLOCK + 16 + MIN_CACHE}
+    with make_wire(folder, "tcp", "host", "host", decode_options=options) as wire:
+        deltas = []
+        for idx, prompt in enumerate(prompts):
+            deltas += wire.ship(make_request(str(idx), prompt, params[idx]))
+            deltas += wire.decode.step()
+        assert collect([*deltas, *run(wire.decode)]) == expected
+        assert wire.decode.stats().num_preemptions > 0
+        assert wire.decode.cache.num_idle > 0
+
+
+def test_pages_that_were_another_sequences_a_moment_ago(folder):
+    """Those are fetched ahead while they are written: what arrived counts."""
+    alone = make_engine(folder, "near", prefix_cache=False)
+    requests = {name: make_request(name, make_prompt(seed, 900), PARAMS) for seed, name in enumerate("abc")}
+    expected = {}
+    for request in requests.values():
+        alone.add(request)
+        expected |= collect(run(alone))
+    with make_wire(folder, "shared_memory", "host", "host", prefix_cache=False, num_below=130) as wire:
+        wire.ship(requests["b"])
+        deltas = [*wire.ship(requests["a"])]
+        pages = wire.decode._requests["a"].sequences[0].pages.copy()
+        while "a" in wire.decode._requests:
+            wire.decode.step()
+        reservation = wire.begin(requests["c"])
+        assert set(reservation.pages) & set(pages)
+        tiers = wire.decode.pool
+        stale = torch.tensor(pages)[:16]
+        for layer_idx in range(tiers.layout.num_layers):
+            tiers._fetch_ahead(layer_idx, stale)
+        run(wire.prefill)
+        deltas = [*wire.arrive(requests["c"]), *run(wire.decode)]
+        assert collect(deltas)["c", 0] == expected["c", 0]
+
+
+def test_prompts_that_nobody_has_taken_yet_hold_no_frames(folder):
+    """More than decode at one time, each with a page that is not full; those that end badly give everything back."""
+    with make_wire(folder, "tcp", "host", "host", decode_options={"num_below": 60, "max_sequences": 8,
+                                                                  "num_near": 8 + 16 + MIN_CACHE},
+                   max_sequences=2, num_near=8 + 4 + MIN_CACHE) as wire:  # fmt: skip
+        requests = [make_request(str(idx), make_prompt(idx, 100 + idx), PARAMS) for idx in range(8)]
+        for request in requests:
+            wire.begin(request)
+        assert wire.decode.reserve(make_request("more", make_prompt(8, 100), PARAMS)) is None
+        for _ in range(3):
+            wire.prefill.step()
+        wire.prefill.cancel("7")
+        run(wire.prefill)
+        outcomes = dict(wire.events.get(timeout=WAIT_S) for _ in requests)
+        assert outcomes["7"] == "the request was cancelled"
+        wire.decode.release_reservation("7")
+        alone = make_engine(folder, "near", prefix_cache=False)
+        for request in requests[:7]:
+            name = request.request_id
+            wire.prefill.export_done(name)
+            deltas = [*wire.decode.attach(name, decode_first_tokens(outcomes[name])), *run(wire.decode)]
+            alone.add(request)
+            assert collect(deltas) == collect(run(alone))
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shared_memory"])
+def test_an_arrival_that_is_given_up_is_computed_here(folder, transport):
+    """Half of it was written: none of that is seen later."""
+    request = make_request("r", make_prompt(3, 600), PARAMS)
+    alone = make_engine(folder, "near", prefix_cache=False)
+    alone.add(request)
+    expected = collect(run(alone))
+    with make_wire(folder, transport, "host", "file") as wire:
+        wire.begin(request)
+        for _ in range(3):
+            wire.prefill.step()
+        wire.receiver.revoke("r")
+        wire.decode.release_reservation("r")
+        wire.prefill.cancel("r")
+        assert wire.decode.stats().num_pages_used == 0
+        wire.decode.add(request)
+        assert collect(run(wire.decode)) == expected
+        assert wire.events.empty()
