@@ -3,6 +3,7 @@
 import queue
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from tests.longctx.methods.test_landmark_inference import BLOCK, METHOD, TOP_K, 
 from tests.tiny_checkpoints import make_checkpoint
 
 WAIT_S = 20.0
-PARAMS = replace(GREEDY, max_tokens=20)
+NUM_TOKENS = 20
+PARAMS = replace(GREEDY, max_tokens=NUM_TOKENS)
 CONFIG = TransportConfig(host="127.0.0.1", frame_bytes="16KiB", lease_ttl_s=5.0, send_timeout_s=2.0)
 
 
@@ -31,7 +33,9 @@ def folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("landmark"), "llama", longctx_attention=METHOD)
 
 
-def make_engine(folder, blocks, *, num_near=128 // BLOCK + 8 + MIN_CACHE, num_below=500, dtype="float32", **options):
+def make_engine(
+    folder, blocks, *, num_near=128 // BLOCK + 8 + MIN_CACHE, num_below=500, dtype="float32", **options: Any
+):
     """With tiers, ``num_near`` pages are near and ``num_below`` below: far fewer near than the prompts have."""
     model = ModelConfig(path=str(folder), device="cpu", dtype=dtype)
     page_bytes = 8448 if dtype == "float32" else 4224
@@ -138,7 +142,7 @@ def test_the_receiver_goes_on_bit_for_bit(folder, transport, prefill_blocks, dec
             alone.add(request)
             assert collect(run(alone)) == token_ids
             steps = [logits for logits in expected if len(logits)][1:]
-            assert len(actual) == len(steps) == PARAMS.max_tokens - 1
+            assert len(actual) == len(steps) == NUM_TOKENS - 1
             assert all(torch.equal(own, theirs) for own, theirs in zip(actual, steps, strict=True))
             actual.clear()
             expected.clear()
@@ -202,6 +206,7 @@ def test_pages_that_were_another_sequences_a_moment_ago(folder):
         reservation = wire.begin(requests["c"])
         assert set(reservation.pages) & set(pages)
         tiers = wire.decode.pool
+        assert isinstance(tiers, TieredPages)
         stale = torch.tensor(pages)[:16]
         for layer_idx in range(tiers.layout.num_layers):
             tiers._fetch_ahead(layer_idx, stale)
