@@ -74,8 +74,8 @@ def test_many_at_once_with_little_room_below(folder):
 
 
 def test_deployments_that_are_refused(folder):
-    def served(blocks, cluster=None, **transport):
-        attention, cluster = AttentionConfig(blocks=blocks), cluster or ClusterConfig()
+    def served(blocks, cluster=None, *, blocks_bytes="auto", **transport):
+        attention, cluster = AttentionConfig(blocks=blocks, blocks_bytes=blocks_bytes), cluster or ClusterConfig()
         model = ModelConfig(path=str(folder))
         check(ServeConfig(model, transport=TransportConfig(**transport), cluster=cluster, attention=attention))
 
@@ -85,5 +85,7 @@ def test_deployments_that_are_refused(folder):
     served("file", ClusterConfig(num_prefill_workers=0), name="shared_memory")
     with pytest.raises(ConfigError, match=r"transport\.name=shared_memory is not allowed with attention\.blocks=file"):
         served("file", name="shared_memory")
+    with pytest.raises(ConfigError, match=r"attention\.blocks_bytes=99999GiB for each of 2 processes is more than"):
+        served("host", blocks_bytes="99999GiB")
     with pytest.raises(ConfigError, match=r"attention\.blocks=host is not allowed with cluster\.prefill\.sp_degree=2"):
         served("host", ClusterConfig(prefill=PrefillConfig(sp_degree=2)))
