@@ -47,7 +47,7 @@ class DecodeWorker(Worker):
         self._receivers: dict[str, KVReceiver] = {}
         if self.config.cluster.num_prefill_workers:
             self._receivers = open_receivers(
-                engine.local_pool,
+                engine.shipped_pool,
                 self.config.transport,
                 on_commit=lambda request_id, payload: self._from_transport(self._arrive, request_id, 0, payload),
                 on_failed=lambda request_id, reason: self._from_transport(self._compute_here, request_id, reason),
@@ -94,7 +94,7 @@ class DecodeWorker(Worker):
 
     def _select(self, rank: int, reservation: Reservation) -> tuple[list[int], list[int]]:
         """A rank's part of the reserved pages: indices in the sequence, and its own numbers."""
-        own = OwnPages(rank, self.engine.local_pool.num_pages)
+        own = OwnPages(rank, self.engine.shipped_pool.num_pages)
         return own.select(reservation.first_page_idx, reservation.pages)
 
     async def _grant(

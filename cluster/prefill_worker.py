@@ -63,7 +63,7 @@ class PrefillWorker(Worker):
         return choose_sending_pool(self.config.transport)
 
     def _open(self, engine: Engine) -> None:
-        self._senders = open_senders(engine.local_pool, self.config.transport)
+        self._senders = open_senders(engine.shipped_pool, self.config.transport)
 
     async def transports(self) -> tuple[str, ...]:
         """Transports that this worker can send with."""
@@ -87,7 +87,7 @@ class PrefillWorker(Worker):
         request_id = request.request_id
         engine_loop = self.engine_loop
         self.engine.check(request)
-        own = OwnPages(0, self.engine.local_pool.num_pages)
+        own = OwnPages(0, self.engine.shipped_pool.num_pages)
         export = StreamExport(own, lambda reason: self._fail(request_id, reason))
         unacked = set(range(len(grants)))
 

@@ -53,10 +53,10 @@ def _check_method(config: ServeConfig, name: str) -> None:
             f"attention.core_fetch={config.attention.core_fetch} is not allowed with cluster.num_prefill_workers="
             f"{cluster.num_prefill_workers}: tokens that are fetched do not travel; cluster=colocated, or 0"
         )
-    if cluster.num_prefill_workers and config.attention.blocks != "near":
+    if cluster.num_prefill_workers and config.attention.blocks == "file" and config.transport.name == "shared_memory":
         raise ConfigError(
-            f"attention.blocks={config.attention.blocks} is not allowed with cluster.num_prefill_workers="
-            f"{cluster.num_prefill_workers}: blocks that travel are near; cluster=colocated, or attention.blocks=near"
+            "transport.name=shared_memory is not allowed with attention.blocks=file: it sends from /dev/shm alone; "
+            "tcp or auto, or attention.blocks=host"
         )
     for role in ("prefill", "decode"):
         sp_degree = cluster.group_of(role).sp_degree
@@ -96,12 +96,18 @@ def _check_ranks(config: ServeConfig) -> ServeConfig:
 
 
 def _check_memory(config: ServeConfig) -> None:
-    """Every worker of this machine takes its own KV pool."""
-    budget = parse_budget(config.engine.kv_bytes)
+    """Every worker of this machine takes its own KV pool, and what lies below it."""
     num_workers = config.cluster.num_processes
     available = psutil.virtual_memory().available
-    if budget is not None and config.model.device != "cuda" and budget * num_workers > available:
-        raise ConfigError(
-            f"engine.kv_bytes={config.engine.kv_bytes} for each of {num_workers} processes is more than the "
-            f"{available / 2**30:.1f} GiB of memory that are free; at most {available // num_workers // 2**20}MiB"
-        )
+    parts = {}
+    if config.model.device != "cuda":
+        parts["engine.kv_bytes"] = config.engine.kv_bytes
+    if config.attention.blocks == "host":
+        parts["attention.blocks_bytes"] = config.attention.blocks_bytes
+    for key, value in parts.items():
+        budget = parse_budget(value)
+        if budget is not None and budget * num_workers > available:
+            raise ConfigError(
+                f"{key}={value} for each of {num_workers} processes is more than the {available / 2**30:.1f} GiB of "
+                f"memory that are free; at most {available // num_workers // 2**20}MiB"
+            )

@@ -143,7 +143,7 @@ class LLM:
             if isinstance(engine.decoder.backend, CoreAttention):
                 scored = score_as_prompt(engine, np.append(ids, last), on_chunk=on_chunk)
             else:
-                size, pool = engine.config.max_batch_tokens, engine.local_pool
+                size, pool = engine.config.max_batch_tokens, engine.runner.pool
                 scored = score_tokens(
                     engine.decoder, engine.cache, pool, np.append(ids, last), chunk_size=size, on_chunk=on_chunk
                 )

@@ -1,63 +1,58 @@
 """Blocks below the compute: in host memory, or in a memory-mapped file.
 
-A store has room for every page, numbered as its allocator numbers them. What is read is copied out at once; of a mapped
-file no more stays resident than ``RESIDENT_BYTES``, so that a process does not grow with what it has read.
+A store has room for every page, numbered as its allocator numbers them, and lies in a pool: transports send from there
+and write what arrives there, whatever is near. What is read is copied out at once.
 """
 
 import mmap
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from memory.layout import KVLayout
+from memory.pages import PagePool
 
 RESIDENT_BYTES = 32 << 20  # of the map
 
 
-class BlockStore(Protocol):
-    """Where blocks are that are not near."""
+class BlockStore:
+    """Where blocks are that are not near.
 
-    def write(self, pages_P: torch.Tensor, blocks_LPX: torch.Tensor) -> None:
-        """Keep all layers of some pages: uint8 ``[num_layers, P, block_bytes]`` on the CPU."""
-        ...
+    Args:
+        pool: in host memory or a file; its pages are counted elsewhere.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+
+    def write(self, layer_idx: int, pages_P: torch.Tensor, blocks_PX: torch.Tensor) -> None:
+        """Keep one layer of some pages: uint8 ``[P, block_bytes]`` on the CPU."""
+        put_blocks(self.pool.storage[layer_idx], pages_P, blocks_PX)
+        self.pool.note_use(blocks_PX.numel())
 
     def read(self, layer_idx: int, pages_P: torch.Tensor) -> torch.Tensor:
         """One layer of some pages, uint8 ``[P, block_bytes]`` on the CPU; a copy."""
-        ...
-
-    def close(self) -> None:
-        """Give the room back."""
-        ...
+        found = self.pool.storage[layer_idx].index_select(0, pages_P)
+        self.pool.note_use(found.numel())
+        return found
 
 
-class HostBlocks:
-    """Host memory.
-
-    Args:
-        layout: of the pages.
-        num_pages: how many there are.
-        pinned: whether a GPU reads it.
-    """
-
-    def __init__(self, layout: KVLayout, num_pages: int, *, pinned: bool = False) -> None:
-        shape = (layout.num_layers, num_pages, layout.block_bytes)
-        self._blocks = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
-
-    def write(self, pages_P: torch.Tensor, blocks_LPX: torch.Tensor) -> None:
-        self._blocks[:, pages_P] = blocks_LPX
-
-    def read(self, layer_idx: int, pages_P: torch.Tensor) -> torch.Tensor:
-        return self._blocks[layer_idx].index_select(0, pages_P)
-
-    def close(self) -> None:
-        self._blocks = self._blocks.new_empty(0)
+def put_blocks(storage_NX: torch.Tensor, places_P: torch.Tensor, blocks_PX: torch.Tensor) -> None:
+    """Copy blocks to places of one layer of a pool, on whatever device that is."""
+    if storage_NX.is_cuda:
+        device = storage_NX.device
+        storage_NX.index_copy_(0, places_P.to(device), blocks_PX.to(device))
+    else:  # numpy copies rows of bytes, torch every byte by itself: 30 times slower
+        storage_NX.numpy()[places_P.numpy()] = blocks_PX.numpy()
 
 
-class BlockFile:
-    """A memory-mapped file without a name, which is gone with the process.
+class FilePool(PagePool):
+    """Pages in a memory-mapped file without a name, which is gone with the process.
+
+    No more of it stays resident than ``RESIDENT_BYTES``, so that a process does not grow with what it has read. Writing
+    a page may wait for the disk.
 
     Args:
         layout: of the pages.
@@ -79,26 +74,13 @@ class BlockFile:
         with tempfile.TemporaryFile(dir=place) as file:
             file.truncate(size)
             self._map = mmap.mmap(file.fileno(), size)
+        self._num_used = 0  # bytes, since the map was let go of; threads that count at once may lose some
         shape = (layout.num_layers, num_pages, layout.block_bytes)
-        self._blocks = torch.frombuffer(self._map, dtype=torch.uint8).view(shape)
-        self._num_touched = 0
+        super().__init__(layout, num_pages, storage=torch.frombuffer(self._map, dtype=torch.uint8).view(shape))
 
-    def write(self, pages_P: torch.Tensor, blocks_LPX: torch.Tensor) -> None:
-        self._blocks[:, pages_P] = blocks_LPX
-        self._touch(blocks_LPX.numel())
-
-    def read(self, layer_idx: int, pages_P: torch.Tensor) -> torch.Tensor:
-        found = self._blocks[layer_idx].index_select(0, pages_P)
-        self._touch(found.numel())
-        return found
-
-    def close(self) -> None:
-        self._blocks = torch.empty(0, dtype=torch.uint8)
-        self._map.close()
-
-    def _touch(self, num_bytes: int) -> None:
-        """Let go of what was touched; the file keeps it."""
-        self._num_touched += num_bytes
-        if self._num_touched > RESIDENT_BYTES:
+    def note_use(self, num_bytes: int) -> None:
+        """Let go of what was used; the file keeps it."""
+        self._num_used += num_bytes
+        if self._num_used > RESIDENT_BYTES:
+            self._num_used = 0
             self._map.madvise(mmap.MADV_DONTNEED)
-            self._num_touched = 0

@@ -18,14 +18,13 @@ class LowerPages(PageAllocator):
 
     Args:
         layout: of a page of the pool.
-        num_pages: how many there are; as many as ``store`` has.
         store: where they lie.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: int, store: BlockStore) -> None:
-        super().__init__(layout, num_pages)
+    def __init__(self, layout: KVLayout, store: BlockStore) -> None:
+        super().__init__(layout, store.pool.num_pages)
         self._store = store
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
@@ -34,16 +33,13 @@ class LowerPages(PageAllocator):
     def keep(self, pool: PagePool, pages: list[int], kept: list[int]) -> None:
         """Copy ``pages`` of ``pool``, all layers, to the pages ``kept`` of this."""
         blocks = pool.storage[:, torch.tensor(pages, device=pool.storage.device)].cpu()
-        self._store.write(torch.tensor(kept), blocks)
+        for layer_idx, blocks_PX in enumerate(blocks):
+            self._store.write(layer_idx, torch.tensor(kept), blocks_PX)
 
     def read(self, layer_idx: int, pages: list[int], device: torch.device) -> PagePool:
         """A copy of one layer of some pages, as the pages ``0, 1, ...`` of a pool with that layer alone."""
         blocks = self._store.read(layer_idx, torch.tensor(pages)).to(device)
         return PagePool(replace(self.layout, num_layers=1), len(pages), storage=blocks[None])
-
-    def close(self) -> None:
-        """Give the store back."""
-        self._store.close()
 
     def copy_page(self, source: int, target: int) -> None:
         raise AssertionError("a page below is full: it is shared, never copied")

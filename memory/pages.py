@@ -43,8 +43,11 @@ class PageAllocator(ABC):
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, all layers, before anything else is computed."""
 
-    def note_arrived(self, pages: Sequence[int]) -> None:  # noqa: B027 - nothing to do for most
-        """Pages are full whose bytes another worker sent."""
+    def note_final(self, layer_idx: int, pages: Sequence[int]) -> None:  # noqa: B027 - nothing to do for most
+        """One layer of these pages is as it will stay, and will be sent to another worker."""
+
+    def note_arrived(self, pages: Sequence[int], num_full: int) -> None:  # noqa: B027 - nothing to do for most
+        """Pages hold what another worker sent; the first ``num_full`` are full, the others will be written to."""
 
     @abstractmethod
     def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
@@ -142,6 +145,9 @@ class PagePool(PageAllocator):
     def block(self, layer_idx: int, page: int, count: int = 1) -> torch.Tensor:
         """uint8 ``[count * block_bytes]``: the bytes of ``count`` consecutive pages of one layer; no copy."""
         return self.storage[layer_idx, page : page + count].view(-1)
+
+    def note_use(self, num_bytes: int) -> None:
+        """So many bytes of pages are read or written outside the compute."""
 
     def copy_page(self, source: int, target: int) -> None:
         self.storage[:, target].copy_(self.storage[:, source])

@@ -102,7 +102,8 @@ def _create(num_bytes: int) -> tuple[str, int]:
         raise OSError(
             error.errno,
             f"{DIRECTORY} has {_free_bytes()} bytes free, the KV pool needs {num_bytes}; "
-            "make engine.kv_bytes smaller, enlarge /dev/shm, or use transport.name=tcp",
+            "make engine.kv_bytes smaller (attention.blocks_bytes, where blocks lie below), enlarge /dev/shm, or use "
+            "transport.name=tcp",
         ) from error
     return name, fd
 

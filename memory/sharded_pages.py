@@ -51,9 +51,9 @@ class ShardedPages(PageAllocator):
         copies, self._copies = self._copies, []
         return copies
 
-    def note_arrived(self, pages: Sequence[int]) -> None:
+    def note_arrived(self, pages: Sequence[int], num_full: int) -> None:
         if self.layout.has_landmark:
-            self._arrived += pages
+            self._arrived += pages[:num_full]
 
     def take_arrived(self) -> list[int]:
         """Pages whose landmarks one rank alone knows, before the next step computes; they are forgotten here."""

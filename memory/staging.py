@@ -15,7 +15,7 @@ class HostBlocks:
     """Blocks of a pool in host memory, as views: nothing is copied."""
 
     def __init__(self, pool: PagePool) -> None:
-        self._layout = pool.layout
+        self._pool, self._layout = pool, pool.layout
         self._layer_bytes = pool.num_pages * pool.layout.block_bytes
         self._bytes = pool.storage.view(-1).numpy().data
 
@@ -23,6 +23,7 @@ class HostBlocks:
         """The bytes of one layer of ``pages`` in order, one view for each run of consecutive pages."""
         size = self._layout.block_bytes
         base = layer_idx * self._layer_bytes
+        self._pool.note_use(len(pages) * size)
         views = []
         first = 0
         for idx in range(1, len(pages) + 1):

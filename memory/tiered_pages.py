@@ -5,9 +5,12 @@
     below    every page that is full (``block_store.py``)
 
 A page gets a staging frame when its first token comes and gives it up once it is full and the step is over: then all of
-its layers go down. What a step looks at is either staged or fetched, layer by layer; a layer that sees more blocks than
-the cache holds sees them in turns. While a layer computes, the blocks that the next one saw in the step before are
-fetched ahead.
+its layers go down, each with the landmark's key behind it, as a page travels. What is sent to another worker goes down
+layer by layer, as each is final, and is sent from there; what arrives is written there, and but for a page that is not
+full nothing of it comes near before it is looked at.
+
+What a step looks at is either staged or fetched, layer by layer; a layer that sees more blocks than the cache holds
+sees them in turns. While a layer computes, the blocks that the next one saw in the step before are fetched ahead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from memory.block_store import BlockStore
+from memory.block_store import BlockStore, put_blocks
+from memory.landmark_keys import make_landmark_table
 from memory.layout import KVLayout
 from memory.pages import PageAllocator, PagePool
 
@@ -27,7 +31,6 @@ class TieredPages(PageAllocator):
 
     Args:
         layout: of a page.
-        num_pages: in all; as many as ``store`` has.
         num_staging: pages that are being filled at one time, at most.
         num_cached: blocks of each layer that stay near, at least ``MIN_CACHE``.
         store: where full pages go.
@@ -39,22 +42,25 @@ class TieredPages(PageAllocator):
     def __init__(
         self,
         layout: KVLayout,
-        num_pages: int,
         *,
         num_staging: int,
         num_cached: int,
         store: BlockStore,
         device: torch.device | str = "cpu",
     ) -> None:
+        num_pages = store.pool.num_pages
         super().__init__(layout, num_pages)
         assert num_cached >= MIN_CACHE
         self.near = PagePool(layout, num_staging + num_cached, device=device)
+        self.landmark_keys = make_landmark_table(layout, num_pages, self.near.storage.device)
+        self.below = store.pool  # where transports find pages, and put them
         self.num_cached = num_cached
         self._store = store
         self._free = list(range(num_pages - 1, -1, -1))
         self._free_frames = list(range(num_staging))
         self._staged_P = torch.full((num_pages,), -1, dtype=torch.int64)  # frame of each page that is being filled
         self._filled: list[int] = []
+        self._final: set[int] = set()  # pages with a frame that lie below already, all layers
         self._num_staging = num_staging
         self._cached = [_LayerCache(num_pages, num_cached) for _ in range(layout.num_layers)]
         self._last_seen: list[torch.Tensor | None] = [None] * layout.num_layers
@@ -117,10 +123,24 @@ class TieredPages(PageAllocator):
         self._forget([target])
         self.near.copy_page(frame, int(self._staged_P[target]))
 
-    def close(self) -> None:
-        """End the thread, and give the store back."""
-        self._thread.shutdown()
-        self._store.close()
+    def note_final(self, layer_idx: int, pages: Sequence[int]) -> None:
+        pages_P = torch.tensor(pages)
+        pages_P = pages_P[self._staged_P[pages_P] >= 0]
+        self._lower(layer_idx, pages_P)
+        if layer_idx == self.layout.num_layers - 1:
+            self._final.update(pages_P.tolist())
+
+    def note_arrived(self, pages: Sequence[int], num_full: int) -> None:
+        self._wait()
+        self._forget(pages)  # a page of this number that was fetched ahead after it was free
+        full = torch.tensor(pages[:num_full], dtype=torch.int64)
+        device = self.near.storage.device
+        for layer_idx, keys_PKD in enumerate(self.below.landmarks):
+            self.landmark_keys.write(layer_idx, full.to(device), keys_PKD[full].to(device))
+        for page in pages[num_full:]:
+            self._staged_P[page] = frame = self._free_frames.pop()
+            self.near.storage[:, frame].copy_(self.below.storage[:, page])
+        self.below.note_use(len(pages) * self.layout.page_bytes)
 
     def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
         return [self._free.pop() for _ in range(num_pages)]
@@ -128,6 +148,7 @@ class TieredPages(PageAllocator):
     def _give_back(self, pages: list[int]) -> None:
         self._wait()
         self._filled = [page for page in self._filled if page not in set(pages)]
+        self._final.difference_update(pages)
         for page in pages:
             if self._staged_P[page] >= 0:
                 self._free_frames.append(int(self._staged_P[page]))
@@ -135,20 +156,29 @@ class TieredPages(PageAllocator):
         self._forget(pages)
         self._free.extend(pages)
 
-    def _forget(self, pages: list[int]) -> None:
+    def _forget(self, pages: Sequence[int]) -> None:
         """What the cache has of these pages is of another sequence."""
         for cache in self._cached if pages else ():
             cache.forget(pages)
 
     def _send_down(self) -> None:
-        if not self._filled:
-            return
-        pages = torch.tensor(self._filled)
-        frames = self._staged_P[pages]
-        self._store.write(pages, self.near.storage[:, frames.to(self.near.storage.device)].cpu())
+        filled = torch.tensor([page for page in self._filled if page not in self._final], dtype=torch.int64)
+        for layer_idx in range(self.layout.num_layers):
+            self._lower(layer_idx, filled)
+        pages = torch.tensor([*filled.tolist(), *self._final], dtype=torch.int64)
+        self._free_frames.extend(self._staged_P[pages].tolist())
         self._staged_P[pages] = -1
-        self._free_frames.extend(frames.tolist())
         self._filled = []
+        self._final.clear()
+
+    def _lower(self, layer_idx: int, pages_P: torch.Tensor) -> None:
+        """Copy one layer of pages that have frames to the store, landmarks' keys behind them."""
+        if not len(pages_P):
+            return
+        device = self.near.storage.device
+        frames = self._staged_P[pages_P].to(device)
+        self.near.landmarks[layer_idx, frames] = self.landmark_keys.read(layer_idx, pages_P.to(device))
+        self._store.write(layer_idx, pages_P, self.near.storage[layer_idx].index_select(0, frames).cpu())
 
     def _fetch(self, layer_idx: int, pages_B: torch.Tensor) -> torch.Tensor:
         """Frames of full pages, which are near afterwards."""
@@ -157,9 +187,7 @@ class TieredPages(PageAllocator):
         if missing.any():
             self.num_fetched += int(missing.sum())
             blocks = self._store.read(layer_idx, pages_B[missing])
-            places = frames[missing] + self._num_staging
-            device = self.near.storage.device
-            self.near.storage[layer_idx].index_copy_(0, places.to(device), blocks.to(device))
+            put_blocks(self.near.storage[layer_idx], frames[missing] + self._num_staging, blocks)
         return frames + self._num_staging
 
     def _fetch_ahead(self, layer_idx: int, pages: torch.Tensor) -> None:
@@ -196,7 +224,7 @@ class _LayerCache:
             frames[missing] = victims
         return frames, missing
 
-    def forget(self, pages: list[int]) -> None:
+    def forget(self, pages: Sequence[int]) -> None:
         """Their frames are free."""
         frames = self._frame_P[pages]
         frames = frames[frames >= 0]

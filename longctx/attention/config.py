@@ -37,7 +37,9 @@ class AttentionConfig:
         choices=("near", "host", "file"),
     )
     blocks_bytes: str = option(
-        "auto", "room for them below; auto: two full contexts, if half of what is free will do", parse=parse_budget
+        "auto",
+        "room for them below, in each worker; auto: two full contexts, if half of what is free will do",
+        parse=parse_budget,
     )
     blocks_folder: str | None = option(None, "folder of the memory-mapped file; null: where temporary files go")
     skip_below: float = option(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import ActiveRequest
 from longctx.messages import FirstTokens, TokenLogprob
+from memory.pages import PageAllocator
 
 logger = logging.getLogger(__name__)
 
@@ -16,9 +17,9 @@ class LayerAnnouncer:
     An export that raises is told nothing more; the engine fails its request, and nobody else's.
     """
 
-    def __init__(self, *, num_layers: int, page_size: int) -> None:
-        self._num_layers = num_layers
-        self._page_size = page_size
+    def __init__(self, pool: PageAllocator) -> None:
+        self._pool = pool
+        self._num_layers, self._page_size = pool.layout.num_layers, pool.layout.page_size
         self._targets: list[tuple[ActiveRequest, int, list[int]]] = []
         self.failures: dict[str, str] = {}  # request id -> reason
 
@@ -80,6 +81,7 @@ class LayerAnnouncer:
             return
         assert active.export is not None
         try:
+            self._pool.note_final(layer_idx, pages)
             active.export.on_layer(layer_idx, first_page_idx, pages)
         except Exception as error:  # the step goes on for the others
             logger.exception("export of %s failed", active.request_id)

@@ -209,7 +209,9 @@ def _load(
     if shards is not None:
         num_pages = shards.agree_on_pages(layout, num_pages)
     if isinstance(method, LandmarkSpec):
-        tiers = make_tiers(attention, engine_config, layout, num_pages, device=device, max_context=max_context)
+        tiers = make_tiers(
+            attention, engine_config, layout, num_pages, device=device, max_context=max_context, make_pool=make_pool
+        )
         if tiers is not None:
             take_landmarks(decoder, method, attention, pages=tiers)
             return _Parts(spec, decoder, tiers.near, max_context, method, tiers)
@@ -228,8 +230,7 @@ def _make_below(
 ) -> LowerPages | None:
     if not attention.core_fetch:
         return None
-    num_pages, store = make_store(attention, layout, device=device, max_context=max_context)
-    return LowerPages(layout, num_pages, store)
+    return LowerPages(layout, make_store(attention, layout, device=device, max_context=max_context))
 
 
 def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:

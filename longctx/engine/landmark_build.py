@@ -1,5 +1,7 @@
 """What an engine for a landmark model is made of besides: pages that are blocks, landmarks' keys, tiers."""
 
+from collections.abc import Callable
+
 import torch
 
 from longctx.attention.backend import AttentionBackend
@@ -15,7 +17,7 @@ from longctx.errors import ConfigError
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.packed import PackedDecoder
 from longctx.shards.landmarks import ShardedLandmarks
-from memory.landmark_keys import LandmarkKeys, make_landmark_table
+from memory.landmark_keys import LandmarkKeys
 from memory.layout import KVLayout
 from memory.pages import PagePool
 from memory.tiered_pages import MIN_CACHE, TieredPages
@@ -52,8 +54,9 @@ def make_tiers(
     *,
     device: torch.device,
     max_context: int,
+    make_pool: Callable[[KVLayout, int], PagePool] | None,
 ) -> TieredPages | None:
-    """Pages of which ``num_near`` are near and the rest below; None if all are near.
+    """Pages of which ``num_near`` are near and the rest below, in what ``make_pool`` makes; None if all are near.
 
     Raises:
         ConfigError: if too few fit near to compute a step, or there is no room below.
@@ -67,10 +70,8 @@ def make_tiers(
             "bytes have to be near (engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
             f"{MIN_CACHE} are looked at), {num_near} fit"
         )
-    num_pages, store = make_store(attention, layout, device=device, max_context=max_context)
-    return TieredPages(
-        layout, num_pages, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=device
-    )
+    store = make_store(attention, layout, device=device, max_context=max_context, make_pool=make_pool)
+    return TieredPages(layout, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=device)
 
 
 def take_landmarks(
@@ -82,10 +83,7 @@ def take_landmarks(
 ) -> None:
     """Let ``decoder`` compute landmark attention over ``pages``."""
     tiers = pages if isinstance(pages, TieredPages) else None
-    if isinstance(pages, PagePool):
-        keys = LandmarkKeys(pages.landmarks)
-    else:
-        keys = make_landmark_table(pages.layout, pages.num_pages, decoder.device)
+    keys = LandmarkKeys(pages.landmarks) if isinstance(pages, PagePool) else pages.landmark_keys
     decoder.backend = LandmarkAttention(
         decoder.backend, keys, decoder.rotary, spec=method, retrieval=_retrieval(attention), tiers=tiers
     )

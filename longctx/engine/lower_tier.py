@@ -3,6 +3,7 @@
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -10,8 +11,9 @@ import torch
 
 from longctx.attention.config import AttentionConfig
 from longctx.errors import ConfigError
-from memory.block_store import BlockFile, BlockStore, HostBlocks
+from memory.block_store import BlockStore, FilePool
 from memory.layout import KVLayout
+from memory.pages import PagePool
 from parallel.option import parse_budget
 
 logger = logging.getLogger(__name__)
@@ -21,9 +23,21 @@ AUTO_SHARE = 0.5  # of what is free, at most
 
 
 def make_store(
-    attention: AttentionConfig, layout: KVLayout, *, device: torch.device, max_context: int
-) -> tuple[int, BlockStore]:
-    """A store, and how many pages it has room for.
+    attention: AttentionConfig,
+    layout: KVLayout,
+    *,
+    device: torch.device,
+    max_context: int,
+    make_pool: Callable[[KVLayout, int], PagePool] | None = None,
+) -> BlockStore:
+    """A store.
+
+    Args:
+        attention: where it is, and how large.
+        layout: of its pages.
+        device: that reads it.
+        max_context: tokens of a sequence at most.
+        make_pool: allocates host memory that a transport can send from.
 
     Raises:
         ConfigError: if there is no room.
@@ -31,8 +45,13 @@ def make_store(
     num_pages = _count_below(attention, layout, max_context)
     logger.info("%d blocks (%.1f GiB) in %s", num_pages, num_pages * layout.page_bytes / 2**30, attention.below)
     if attention.below == "file":
-        return num_pages, BlockFile(layout, num_pages, _folder(attention))
-    return num_pages, HostBlocks(layout, num_pages, pinned=device.type == "cuda")
+        return BlockStore(FilePool(layout, num_pages, _folder(attention)))
+    if make_pool is not None:
+        return BlockStore(make_pool(layout, num_pages))
+    if device.type == "cpu":
+        return BlockStore(PagePool(layout, num_pages))
+    shape = (layout.num_layers, num_pages, layout.block_bytes)
+    return BlockStore(PagePool(layout, num_pages, storage=torch.zeros(shape, dtype=torch.uint8, pin_memory=True)))
 
 
 def _count_below(attention: AttentionConfig, layout: KVLayout, max_context: int) -> int:

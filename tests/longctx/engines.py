@@ -96,6 +96,6 @@ def hand_over(prefill, decode, request):
     """Reserve at ``decode``, export from ``prefill``; the export and its request's later deltas."""
     reservation = decode.reserve(request)
     assert reservation is not None
-    export = CopyingExport(prefill.pool, decode.pool, reservation)
+    export = CopyingExport(prefill.shipped_pool, decode.shipped_pool, reservation)
     prefill.add(request, export=export)
     return export
