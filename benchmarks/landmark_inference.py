@@ -1,10 +1,12 @@
 """Landmark attention over long contexts under a fixed near budget: what a decoded token costs, and what stays resident.
 
     python -m benchmarks.landmark_inference [--shape 110m] [--lengths 8192 131072] [--near 384MiB] [--save NAME]
+    python -m benchmarks.landmark_inference --model demo_landmark --near 16MiB
 
-Random weights, which retrieve blocks all over the context: worse for the cache than a trained model. Each length is a
-process of its own, the lengths in turns, so that the peak of resident memory is of one length; a round reports the
-median decode step, the time to the first token and the blocks fetched.
+Random weights retrieve blocks all over the context, which is worse for the cache than a trained model; ``--model``
+takes a trained one whose tokens are bytes, over Python sources. Each length is a process of its own, the lengths in
+turns, so that the peak of resident memory is of one length; a round reports the median decode step, the time to the
+first token and the blocks fetched.
 """
 
 import argparse
@@ -58,6 +60,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="110m", choices=list(SHAPES))
+    parser.add_argument("--model", help="in place of random weights")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--near", default="384MiB", help="engine.kv_bytes")
     parser.add_argument("--blocks", default="file", choices=["near", "host", "file"])
@@ -81,25 +84,24 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from longctx.engine.build import build_engine
     from longctx.engine.config import EngineConfig
     from longctx.messages import GenerationRequest, SamplingParams
+    from longctx.models import demo_data
     from longctx.models.config import ModelConfig
     from longctx.training.peak import read_peak_memory
     from memory.tiered_pages import TieredPages
 
     with tempfile.TemporaryDirectory() as work:
-        folder = ensure_checkpoint(arguments.shape, Path(work), with_weights=False)
-        config = json.loads((folder / "config.json").read_text())
-        config["longctx_attention"] = {"name": "landmark", "block_size": 64, "landmark_token_id": LANDMARK_ID}
-        (folder / "config.json").write_text(json.dumps(config))
         engine = build_engine(
-            ModelConfig(path=str(folder), max_context=1 << 18),
+            ModelConfig(path=arguments.model or _make_model(arguments.shape, Path(work)), max_context=1 << 18),
             EngineConfig(kv_bytes=arguments.near, max_batch_tokens=512, max_sequences=4, prefix_cache=False),
             attention=AttentionConfig(blocks=arguments.blocks),
-            random_weights_seed=0,
+            random_weights_seed=None if arguments.model else 0,
         )
-    generator = torch.Generator().manual_seed(arguments.length)
-    prompt = torch.randint(
-        LANDMARK_ID + 1, SHAPES[arguments.shape].vocab_size, (arguments.length,), generator=generator
-    )
+    if arguments.model:
+        prompt = torch.tensor(demo_data.encode(demo_data.load_corpora()[0].text[: 2 * arguments.length]))
+        prompt = prompt[: arguments.length]
+    else:
+        generator, num_words = torch.Generator().manual_seed(arguments.length), SHAPES[arguments.shape].vocab_size
+        prompt = torch.randint(LANDMARK_ID + 1, num_words, (arguments.length,), generator=generator)
     params = SamplingParams(max_tokens=NUM_TOKENS + 1, ignore_eos=True, temperature=0.0)
     engine.add(GenerationRequest("r", tuple(prompt.tolist()), params))
     begun, ends = time.perf_counter(), []
@@ -117,6 +119,15 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_fetched": pages.num_fetched if isinstance(pages, TieredPages) else 0,
         "num_hits": pages.num_hits if isinstance(pages, TieredPages) else 0,
     }
+
+
+def _make_model(shape: str, work: Path) -> str:
+    """A landmark checkpoint without weights."""
+    folder = ensure_checkpoint(shape, work, with_weights=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["longctx_attention"] = {"name": "landmark", "block_size": 64, "landmark_token_id": LANDMARK_ID}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 if __name__ == "__main__":
