@@ -18,6 +18,12 @@ class RankTiers(TieredPages):
         self._unstage(sorted(set((self._staged_P >= 0).nonzero()[:, 0].tolist()).difference(pages)))
         super().begin_step(pages, begun=begun, filled=filled)
 
+    def note_arrived(self, pages: Sequence[int], num_full: int) -> None:
+        """See the base class; what was here under these numbers is nobody's any more."""
+        self._wait()
+        self._unstage([page for page in pages if self._staged_P[page] >= 0])
+        super().note_arrived(pages, num_full)
+
     def end_step(self) -> None:
         """The step is computed: what it filled goes down."""
         self._wait()

@@ -68,10 +68,10 @@ class ShardedPages(PageAllocator):
 
     def note_arrived(self, pages: Sequence[int], num_full: int) -> None:
         if self.layout.has_landmark:
-            self._arrived += pages[:num_full]
+            self._arrived += pages  # also one that is not full, whose landmark nobody reads: its rank is to know
 
     def take_arrived(self) -> list[int]:
-        """Pages whose landmarks one rank alone knows, before the next step computes; they are forgotten here."""
+        """Pages that arrived, and whose landmarks one rank alone knows; they are forgotten here."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
@@ -115,5 +115,6 @@ class ShardedPages(PageAllocator):
         return self._free[rank].pop()
 
     def _give_back(self, pages: list[int]) -> None:
+        self._copies = [(source, target) for source, target in self._copies if target not in pages]
         for page in pages:
             self._free[self.rank_of(page)].append(page)

@@ -212,9 +212,7 @@ class LandmarkAttention(OuterAttention):
             self._tiers.end_layer(shape.layer_idx)
         return seen_SD
 
-    def _see_here(
-        self, q_SD: torch.Tensor, seen: HeadPages, shape: AttentionShape, batch: PackedBatch
-    ) -> torch.Tensor:
+    def _see_here(self, q_SD: torch.Tensor, seen: HeadPages, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
         """``_see_whole``, part of what a layer looks at."""
         if self._tiers is None:
             return self.inner.attend_pages(q_SD, shape, seen, batch.pool)

@@ -42,9 +42,8 @@ class ShardRank:
         self.decoder, self.rank, self.world_size = decoder, rank, world_size
         self._pages, self._tiers = pages, pages if isinstance(pages, RankTiers) else None
         self.pool, self._near = (pages.below, pages.near) if isinstance(pages, RankTiers) else (pages, pages)
-        layout = pages.layout
         self.own = OwnPages(rank, pages_per_rank)
-        self.exports = RankExports(self.own, num_layers=layout.num_layers, page_size=layout.page_size)
+        self.exports = RankExports(self.own, pages)
         self._attention = decoder.backend
         self._pages_per_rank, self._choice = pages_per_rank, choice
 
@@ -68,12 +67,14 @@ class ShardRank:
         Raises:
             ExchangeError: if a rank is lost.
         """
+        if step.arrived:
+            assert isinstance(self._attention, ShardedLandmarks)
+            own = self.own.select(0, step.arrived)[1]
+            self._pages.note_arrived(own, len(own))
+            self._attention.share(step.arrived)
         for source, target in step.copies:
             if source // self._pages_per_rank == self.rank:
                 self._pages.copy_page(source % self._pages_per_rank, target % self._pages_per_rank)
-        if step.arrived:
-            assert isinstance(self._attention, ShardedLandmarks)
-            self._attention.share(step.arrived)
         layout = StepLayout(
             step.segments,
             world_size=self.world_size,
@@ -92,10 +93,10 @@ class ShardRank:
 
     def _serve(self, batch: ShardBatch) -> torch.Tensor:
         """What the other ranks need of one without tokens; no hidden states."""
-        batch = self._attention.lay_out(batch)
+        laid_out = self._attention.lay_out(batch)
         for shape in self.decoder.attention_shapes:
             no_queries = torch.empty((0, shape.num_heads, shape.head_dim), dtype=self.decoder.dtype)
-            self._attention.exchange(no_queries.to(self.decoder.device), shape, batch)
+            self._attention.exchange(no_queries.to(self.decoder.device), shape, laid_out)
         return self.decoder.no_hidden()
 
     def _lay_out(self, layout: StepLayout, on_layer: Callable[[int], None] | None) -> ShardBatch:
