@@ -15,6 +15,7 @@ class RankTiers(TieredPages):
 
     def begin_step(self, pages: Sequence[int], *, begun: Sequence[int], filled: Sequence[int]) -> None:
         """See the base class; what this rank does not write to gives its frame up."""
+        self._wait()
         self._unstage(sorted(set((self._staged_P >= 0).nonzero()[:, 0].tolist()).difference(pages)))
         super().begin_step(pages, begun=begun, filled=filled)
 
