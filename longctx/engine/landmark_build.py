@@ -69,12 +69,13 @@ def make_tiers(
     """
     if attention.blocks == "near":
         return None
+    share = "" if shards is None else f"{shards.group.world_size} "
     engine = engine if shards is None else shards.widen(engine)
     num_staging = -(-engine.max_batch_tokens // layout.page_size) + 2 * engine.max_sequences
     if num_near < num_staging + MIN_CACHE:
         raise ConfigError(
             f"engine.kv_bytes={engine.kv_bytes} is not allowed: {num_staging + MIN_CACHE} pages of {layout.page_bytes} "
-            "bytes have to be near (engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
+            "bytes have to be near ({share}engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
             f"{MIN_CACHE} are looked at), {num_near} fit"
         )
     store = make_store(
