@@ -75,7 +75,7 @@ def make_tiers(
     if num_near < num_staging + MIN_CACHE:
         raise ConfigError(
             f"engine.kv_bytes={engine.kv_bytes} is not allowed: {num_staging + MIN_CACHE} pages of {layout.page_bytes} "
-            "bytes have to be near ({share}engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
+            f"bytes have to be near ({share}engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
             f"{MIN_CACHE} are looked at), {num_near} fit"
         )
     store = make_store(
