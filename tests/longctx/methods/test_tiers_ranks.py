@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
 from longctx.attention.config import AttentionConfig
+from longctx.errors import ConfigError
 from longctx.messages import SamplingParams
 from memory.rank_tiers import RankTiers
 from memory.tiered_pages import MIN_CACHE
@@ -24,9 +26,9 @@ def folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("landmark"), "llama", longctx_attention=METHOD)
 
 
-def tiered_engine(folder, world_size, *, blocks="host", num_below=200, max_sequences=4, **options):
+def tiered_engine(folder, world_size, *, blocks="host", num_below=200, num_missing=0, max_sequences=4, **options):
     """As little near as a rank takes; ``num_below`` pages on each."""
-    num_near = world_size * BATCH // BLOCK + 2 * max_sequences + MIN_CACHE
+    num_near = world_size * BATCH // BLOCK + 2 * max_sequences + MIN_CACHE - num_missing
     method = replace(NEAR, blocks=blocks, blocks_bytes=str(num_below * PAGE_BYTES))
     options |= {"max_batch_tokens": BATCH, "max_sequences": max_sequences, "kv_bytes": str(num_near * PAGE_BYTES)}
     return sharded_engine(folder, world_size, method=method, **options)
@@ -120,3 +122,15 @@ def test_many_short_sequences_fit_their_frames(folder):
     expected = generate(near_engine(folder, 2), requests)
     with tiered_engine(folder, 2, max_sequences=16) as engine:
         assert generate(engine, requests) == expected
+
+
+@pytest.mark.parametrize(
+    ("room", "told"),
+    [
+        ({"num_missing": 1}, r"32 pages of 8448 bytes have to be near \(2 engine.max_batch_tokens / page"),
+        ({"num_below": psutil.virtual_memory().available // PAGE_BYTES * 3 // 4}, "GiB are free for each of 2 ranks"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, room, told):
+    with pytest.raises(ConfigError, match=told), tiered_engine(folder, 2, **room):
+        pass
