@@ -65,11 +65,6 @@ def _check_method(config: ServeConfig, name: str) -> None:
                 f"cluster.{role}.sp_degree={sp_degree} is not allowed with {name} attention and attention.core_fetch="
                 f"{config.attention.core_fetch}: 1"
             )
-        if sp_degree > 1 and config.attention.blocks != "near":
-            raise ConfigError(
-                f"attention.blocks={config.attention.blocks} is not allowed with cluster.{role}.sp_degree={sp_degree}: "
-                "ranks share blocks that are near; attention.blocks=near, or 1"
-            )
     if name == "cca" and cluster.num_prefill_workers and cluster.decode.sp_degree > 1:
         raise ConfigError(
             f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention and "

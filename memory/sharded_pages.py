@@ -21,10 +21,20 @@ class ShardedPages(PageAllocator):
         pages_per_rank: pages of each.
         world_size: pools.
         stretch_pages: pages of a prompt that one step computes, over all ranks.
+        own: this rank's, told of what is final; None: nothing has to be.
     """
 
-    def __init__(self, layout: KVLayout, pages_per_rank: int, *, world_size: int, stretch_pages: int) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        pages_per_rank: int,
+        *,
+        world_size: int,
+        stretch_pages: int,
+        own: PageAllocator | None = None,
+    ) -> None:
         super().__init__(layout, pages_per_rank * world_size)
+        self._own = own
         self.pages_per_rank, self.world_size = pages_per_rank, world_size
         self._stretch_pages = stretch_pages
         self._free = [
@@ -51,12 +61,17 @@ class ShardedPages(PageAllocator):
         copies, self._copies = self._copies, []
         return copies
 
+    def note_final(self, layer_idx: int, pages: Sequence[int]) -> None:
+        own = [page for page in pages if self.rank_of(page) == 0]
+        if self._own is not None and own:
+            self._own.note_final(layer_idx, own)
+
     def note_arrived(self, pages: Sequence[int], num_full: int) -> None:
         if self.layout.has_landmark:
-            self._arrived += pages[:num_full]
+            self._arrived += pages  # also one that is not full, whose landmark nobody reads: its rank is to know
 
     def take_arrived(self) -> list[int]:
-        """Pages whose landmarks one rank alone knows, before the next step computes; they are forgotten here."""
+        """Pages that arrived, and whose landmarks one rank alone knows; they are forgotten here."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
@@ -100,5 +115,6 @@ class ShardedPages(PageAllocator):
         return self._free[rank].pop()
 
     def _give_back(self, pages: list[int]) -> None:
+        self._copies = [(source, target) for source, target in self._copies if target not in pages]
         for page in pages:
             self._free[self.rank_of(page)].append(page)

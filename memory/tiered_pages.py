@@ -6,8 +6,8 @@
 
 A page gets a staging frame when its first token comes and gives it up once it is full and the step is over: then all of
 its layers go down, each with the landmark's key behind it, as a page travels. What is sent to another worker goes down
-layer by layer, as each is final, and is sent from there; what arrives is written there, and but for a page that is not
-full nothing of it comes near before it is looked at.
+layer by layer, as each is final, and is sent from there; what arrives is written there, and nothing of it comes near
+before it is looked at or, a page that is not full, written to.
 
 What a step looks at is either staged or fetched, layer by layer; a layer that sees more blocks than the cache holds
 sees them in turns. While a layer computes, the blocks that the next one saw in the step before are fetched ahead.
@@ -63,6 +63,7 @@ class TieredPages(PageAllocator):
         self._final: set[int] = set()  # pages with a frame that lie below already, all layers
         self._num_staging = num_staging
         self._cached = [_LayerCache(num_pages, num_cached) for _ in range(layout.num_layers)]
+        self._seen: list[torch.Tensor] = []  # by the layer that computes
         self._last_seen: list[torch.Tensor | None] = [None] * layout.num_layers
         self._ahead: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
@@ -72,20 +73,20 @@ class TieredPages(PageAllocator):
     def num_free(self) -> int:
         return len(self._free)
 
-    def begin_step(self, pages: Sequence[int], filled: Sequence[int]) -> None:
+    def begin_step(self, pages: Sequence[int], *, begun: Sequence[int], filled: Sequence[int]) -> None:
         """Pages that the step writes to get frames; the ones that the step before has filled go down.
 
         Args:
-            pages: any number of times each.
+            pages: once each.
+            begun: those among them whose first token comes.
             filled: those among them that are full afterwards.
         """
         self._wait()
         self._send_down()
-        fresh = [page for page in dict.fromkeys(pages) if self._staged_P[page] < 0]
-        assert len(fresh) <= len(self._free_frames), "more pages are being filled than were reckoned with"
-        for page in fresh:
-            self._staged_P[page] = self._free_frames.pop()
-        self._forget(fresh)
+        fresh = [page for page in pages if self._staged_P[page] < 0]
+        self._stage(fresh)
+        for page in set(fresh).difference(begun):  # it arrived
+            self._bring(page)
         self._filled = list(filled)
 
     def staged(self, pages: torch.Tensor) -> torch.Tensor:
@@ -100,6 +101,7 @@ class TieredPages(PageAllocator):
             pages_B: int64, on the CPU.
         """
         self._wait()
+        self._seen.append(pages_B)
         for start in range(0, len(pages_B), self.num_cached):
             part = slice(start, min(start + self.num_cached, len(pages_B)))
             frames = self._staged_P[pages_B[part]].clone()
@@ -107,9 +109,10 @@ class TieredPages(PageAllocator):
             frames[below] = self._fetch(layer_idx, pages_B[part][below])
             yield part, frames
 
-    def end_layer(self, layer_idx: int, seen: torch.Tensor) -> None:
-        """The layer has seen these pages; fetch what the next one saw last."""
-        self._last_seen[layer_idx] = seen
+    def end_layer(self, layer_idx: int) -> None:
+        """The layer has seen all that it looks at; fetch what the next one saw last."""
+        self._last_seen[layer_idx] = torch.cat(self._seen).unique()
+        self._seen.clear()
         following = (layer_idx + 1) % self.layout.num_layers
         expected = self._last_seen[following]
         if expected is not None and len(expected):
@@ -117,11 +120,12 @@ class TieredPages(PageAllocator):
 
     def copy_page(self, source: int, target: int) -> None:
         self._wait()
-        frame = int(self._staged_P[source])
-        assert frame >= 0 and self._free_frames, "only a page that is being filled is copied"
-        self._staged_P[target] = self._free_frames.pop()
-        self._forget([target])
-        self.near.copy_page(frame, int(self._staged_P[target]))
+        if self._staged_P[source] < 0:  # it arrived
+            self._stage([source])
+            self._bring(source)
+        if self._staged_P[target] < 0:
+            self._stage([target])
+        self.near.copy_page(int(self._staged_P[source]), int(self._staged_P[target]))
 
     def note_final(self, layer_idx: int, pages: Sequence[int]) -> None:
         pages_P = torch.tensor(pages)
@@ -137,9 +141,6 @@ class TieredPages(PageAllocator):
         device = self.near.storage.device
         for layer_idx, keys_PKD in enumerate(self.below.landmarks):
             self.landmark_keys.write(layer_idx, full.to(device), keys_PKD[full].to(device))
-        for page in pages[num_full:]:
-            self._staged_P[page] = frame = self._free_frames.pop()
-            self.near.storage[:, frame].copy_(self.below.storage[:, page])
         self.below.note_use(len(pages) * self.layout.page_bytes)
 
     def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
@@ -149,12 +150,26 @@ class TieredPages(PageAllocator):
         self._wait()
         self._filled = [page for page in self._filled if page not in set(pages)]
         self._final.difference_update(pages)
-        for page in pages:
-            if self._staged_P[page] >= 0:
-                self._free_frames.append(int(self._staged_P[page]))
-                self._staged_P[page] = -1
+        self._unstage([page for page in pages if self._staged_P[page] >= 0])
         self._forget(pages)
         self._free.extend(pages)
+
+    def _stage(self, pages: Sequence[int]) -> None:
+        """Give pages frames."""
+        assert len(pages) <= len(self._free_frames), "more pages are being filled than were reckoned with"
+        for page in pages:
+            self._staged_P[page] = self._free_frames.pop()
+        self._forget(pages)
+
+    def _unstage(self, pages: Sequence[int]) -> None:
+        """Their frames are free."""
+        self._free_frames.extend(self._staged_P[pages].tolist())
+        self._staged_P[pages] = -1
+
+    def _bring(self, page: int) -> None:
+        """Copy a page from below to its frame, all layers."""
+        self.near.storage[:, int(self._staged_P[page])].copy_(self.below.storage[:, page])
+        self.below.note_use(self.layout.page_bytes)
 
     def _forget(self, pages: Sequence[int]) -> None:
         """What the cache has of these pages is of another sequence."""
@@ -165,9 +180,7 @@ class TieredPages(PageAllocator):
         filled = torch.tensor([page for page in self._filled if page not in self._final], dtype=torch.int64)
         for layer_idx in range(self.layout.num_layers):
             self._lower(layer_idx, filled)
-        pages = torch.tensor([*filled.tolist(), *self._final], dtype=torch.int64)
-        self._free_frames.extend(self._staged_P[pages].tolist())
-        self._staged_P[pages] = -1
+        self._unstage([*filled.tolist(), *self._final])
         self._filled = []
         self._final.clear()
 

@@ -38,7 +38,7 @@ class AttentionConfig:
     )
     blocks_bytes: str = option(
         "auto",
-        "room for them below, in each worker; auto: two full contexts, if half of what is free will do",
+        "room for them below, in each rank of a worker; auto: two full contexts, if half of what is free will do",
         parse=parse_budget,
     )
     blocks_folder: str | None = option(None, "folder of the memory-mapped file; null: where temporary files go")
@@ -94,8 +94,6 @@ def check_on_ranks(config: AttentionConfig) -> None:
     """Whether ranks can share sequences; raises ``ConfigError`` if not."""
     if config.core_fetch:
         raise ConfigError(f"attention.core_fetch={config.core_fetch} is not allowed on several ranks (sp_degree)")
-    if config.blocks != "near":
-        raise ConfigError(f"attention.blocks={config.blocks} is not allowed on several ranks (sp_degree): near")
 
 
 def _refuse_options(config: AttentionConfig, names: tuple[str, ...], method: str, used: str) -> None:

@@ -65,15 +65,23 @@ class LandmarkAttention(OuterAttention):
 
     def lay_out(self, batch: PackedBatch) -> PackedBatch:
         """Put landmarks in; with tiers, tokens go to the frames of the pages that they fill."""
-        batch = insert_landmarks(batch, block_size=self._block_size, landmark_token_id=self._spec.landmark_token_id)
-        if self._tiers is None:
-            return batch
+        batch = self._insert_landmarks(batch)
+        return batch if self._tiers is None else self._lay_in_frames(batch, self._tiers)
+
+    def _insert_landmarks(self, batch: PackedBatch) -> PackedBatch:
+        return insert_landmarks(batch, block_size=self._block_size, landmark_token_id=self._spec.landmark_token_id)
+
+    def _lay_in_frames(self, batch: PackedBatch, tiers: TieredPages) -> PackedBatch:
         rows, size, device = _rows_of(batch), self._block_size, batch.slots_T.device
         slots = batch.slots_T.cpu()
         pages, is_text = slots // size, slots >= 0
-        self._tiers.begin_step(pages[is_text].unique().tolist(), rows.landmark_pages_L.tolist())
-        frames = self._tiers.staged(pages.clamp_min(0))
-        table = self._tiers.staged(batch.block_tables_BP[:, : rows.num_blocks].cpu().long()).clamp_min(0)
+        tiers.begin_step(
+            pages[is_text].unique().tolist(),
+            begun=pages[is_text & (slots % size == 0)].tolist(),
+            filled=rows.landmark_pages_L.tolist(),
+        )
+        frames = tiers.staged(pages.clamp_min(0))
+        table = tiers.staged(rows.own.block_tables_BP[:, : rows.num_blocks].cpu().long()).clamp_min(0)
         rows.own.block_tables_BP = table.int().to(device)  # of own blocks, which are being filled
         return replace(batch, slots_T=torch.where(is_text, frames * size + slots % size, -1).to(device))
 
@@ -199,6 +207,13 @@ class LandmarkAttention(OuterAttention):
         self, q_SD: torch.Tensor, seen: HeadPages, shape: AttentionShape, batch: PackedBatch
     ) -> torch.Tensor:
         """Attention ``[S, D]`` of each segment's rows to a block of one KV head; blocks are in ascending order."""
+        seen_SD = self._see_here(q_SD, seen, shape, batch)
+        if self._tiers is not None:
+            self._tiers.end_layer(shape.layer_idx)
+        return seen_SD
+
+    def _see_here(self, q_SD: torch.Tensor, seen: HeadPages, shape: AttentionShape, batch: PackedBatch) -> torch.Tensor:
+        """``_see_whole``, part of what a layer looks at."""
         if self._tiers is None:
             return self.inner.attend_pages(q_SD, shape, seen, batch.pool)
         pages, counts = (x.cpu() for x in seen.pages_B.unique_consecutive(return_counts=True))
@@ -209,7 +224,6 @@ class LandmarkAttention(OuterAttention):
             borders = seen.cu_seqlens_B1[blocks.start : blocks.stop + 1]
             own = HeadPages(borders - borders[0], frame_B, seen.kv_heads_B[blocks])
             outs.append(self.inner.attend_pages(q_SD[int(borders[0]) : int(borders[-1])], shape, own, batch.pool))
-        self._tiers.end_layer(shape.layer_idx, pages)
         return torch.cat(outs) if outs else q_SD.float()
 
 

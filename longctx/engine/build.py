@@ -43,6 +43,7 @@ from longctx.shards.runner import Rank, ShardRunner
 from memory.layout import KVLayout
 from memory.lower_pages import LowerPages
 from memory.pages import DTYPES, PageAllocator, PagePool
+from memory.rank_tiers import RankTiers
 from memory.sharded_pages import ShardedPages
 from memory.tiered_pages import TieredPages
 
@@ -57,10 +58,9 @@ DEFAULT_PAGE_SIZE = 16  # for attention that takes any
 class _Parts:
     spec: ModelSpec
     decoder: PackedDecoder
-    pool: PagePool
+    pages: PagePool | TieredPages
     max_context: int
     method: AttentionSpec | None
-    tiers: TieredPages | None = None  # whose near part the pool is
     below: LowerPages | None = None  # what leaves the window of CCA attention, to be fetched
 
 
@@ -89,15 +89,16 @@ def build_engine(
         ExchangeError: if a rank is lost.
     """
     parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
-    decoder, layout = parts.decoder, parts.pool.layout
+    decoder, layout = parts.decoder, parts.pages.layout
     config = engine_config if shards is None else shards.widen(engine_config)
-    pages: PageAllocator = parts.tiers or parts.pool
+    pages: PageAllocator = parts.pages
     if shards is not None and not isinstance(parts.method, CCASpec):
         pages = ShardedPages(
             layout,
-            parts.pool.num_pages,
+            parts.pages.num_pages,
             world_size=shards.group.world_size,
             stretch_pages=max(1, config.max_batch_tokens // layout.page_size),
+            own=parts.pages,
         )
     engine = Engine(
         decoder,
@@ -132,8 +133,8 @@ def _choose_engine_method(
     if shards is not None:
         assert isinstance(pages, ShardedPages)
         make_runner = partial(ShardRunner, _make_rank(parts, shards), pages, shards.group, shards.timeout_s)
-    elif parts.tiers is not None:
-        make_runner = partial(make_near_runner, parts.decoder, parts.pool)
+    elif isinstance(parts.pages, TieredPages):
+        make_runner = partial(make_near_runner, parts.decoder, parts.pages.near)
     return partial(DenseMethod, make_runner=make_runner)
 
 
@@ -205,24 +206,33 @@ def _load(
         is_wanted=model_config.max_context is not None or not isinstance(method, LandmarkSpec),
         world_size=world_size,
         num_sharing=num_sharing,
+        num_tabled=world_size if world_size > 1 and attention.blocks == "near" else 0,  # of all ranks' pages
     )
     if shards is not None:
         num_pages = shards.agree_on_pages(layout, num_pages)
+    pages: PagePool | TieredPages | None = None
     if isinstance(method, LandmarkSpec):
-        tiers = make_tiers(
-            attention, engine_config, layout, num_pages, device=device, max_context=max_context, make_pool=make_pool
+        pages = make_tiers(
+            attention,
+            engine_config,
+            layout,
+            num_pages,
+            device=device,
+            max_context=max_context,
+            make_pool=make_pool,
+            shards=shards,
+            num_sharing=num_sharing,
         )
-        if tiers is not None:
-            take_landmarks(decoder, method, attention, pages=tiers)
-            return _Parts(spec, decoder, tiers.near, max_context, method, tiers)
-    pool = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
+    if pages is None:
+        pages = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
     if isinstance(method, LandmarkSpec):
         if shards is None:
-            take_landmarks(decoder, method, attention, pages=pool)
+            take_landmarks(decoder, method, attention, pages=pages)
         else:
+            assert isinstance(pages, PagePool | RankTiers)
             carrier = shards.group.on_device(device)
-            take_sharded_landmarks(decoder, method, attention, pool=pool, carrier=carrier, timeout_s=shards.timeout_s)
-    return _Parts(spec, decoder, pool, max_context, method, below=below)
+            take_sharded_landmarks(decoder, method, attention, pages=pages, carrier=carrier, timeout_s=shards.timeout_s)
+    return _Parts(spec, decoder, pages, max_context, method, below=below)
 
 
 def _make_below(
@@ -234,18 +244,20 @@ def _make_below(
 
 
 def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
+    assert isinstance(parts.pages, PagePool | RankTiers)
     return ShardRank(
         parts.decoder,
-        parts.pool,
+        parts.pages,
         rank=shards.group.rank,
         world_size=shards.group.world_size,
-        pages_per_rank=parts.pool.num_pages,
+        pages_per_rank=parts.pages.num_pages,
         choice=shards.choice,
     )
 
 
 def _make_core_rank(parts: _Parts, shards: ShardGroup) -> CoreRank:
-    return CoreRank(parts.decoder, parts.pool, rank=shards.group.rank, world_size=shards.group.world_size)
+    assert isinstance(parts.pages, PagePool)
+    return CoreRank(parts.decoder, parts.pages, rank=shards.group.rank, world_size=shards.group.world_size)
 
 
 def choose_device(name: str) -> torch.device:

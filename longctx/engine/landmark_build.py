@@ -16,10 +16,12 @@ from longctx.engine.runner import ModelRunner
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.packed import PackedDecoder
+from longctx.shards.group import ShardGroup
 from longctx.shards.landmarks import ShardedLandmarks
 from memory.landmark_keys import LandmarkKeys
 from memory.layout import KVLayout
 from memory.pages import PagePool
+from memory.rank_tiers import RankTiers
 from memory.tiered_pages import MIN_CACHE, TieredPages
 from parallel.carrier import Carrier
 
@@ -55,23 +57,38 @@ def make_tiers(
     device: torch.device,
     max_context: int,
     make_pool: Callable[[KVLayout, int], PagePool] | None,
+    shards: ShardGroup | None,
+    num_sharing: int,
 ) -> TieredPages | None:
     """Pages of which ``num_near`` are near and the rest below, in what ``make_pool`` makes; None if all are near.
+
+    Any of the ranks ``shards`` may have to hold all pages that a step writes to.
 
     Raises:
         ConfigError: if too few fit near to compute a step, or there is no room below.
     """
     if attention.blocks == "near":
         return None
+    share = "" if shards is None else f"{shards.group.world_size} "
+    engine = engine if shards is None else shards.widen(engine)
     num_staging = -(-engine.max_batch_tokens // layout.page_size) + 2 * engine.max_sequences
     if num_near < num_staging + MIN_CACHE:
         raise ConfigError(
             f"engine.kv_bytes={engine.kv_bytes} is not allowed: {num_staging + MIN_CACHE} pages of {layout.page_bytes} "
-            "bytes have to be near (engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
+            f"bytes have to be near ({share}engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
             f"{MIN_CACHE} are looked at), {num_near} fit"
         )
-    store = make_store(attention, layout, device=device, max_context=max_context, make_pool=make_pool)
-    return TieredPages(layout, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=device)
+    store = make_store(
+        attention,
+        layout,
+        device=device,
+        max_context=max_context,
+        make_pool=make_pool,
+        shards=shards,
+        num_sharing=num_sharing,
+    )
+    kind = TieredPages if shards is None else RankTiers
+    return kind(layout, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=device)
 
 
 def take_landmarks(
@@ -94,14 +111,14 @@ def take_sharded_landmarks(
     method: LandmarkSpec,
     attention: AttentionConfig,
     *,
-    pool: PagePool,
+    pages: PagePool | RankTiers,
     carrier: Carrier,
     timeout_s: float,
 ) -> None:
-    """Let ``decoder`` compute landmark attention over this rank's ``pool`` and the other ranks'."""
+    """Let ``decoder`` compute landmark attention over this rank's ``pages`` and the other ranks'."""
     decoder.backend = ShardedLandmarks(
         decoder.backend,
-        pool,
+        pages,
         decoder.rotary,
         spec=method,
         retrieval=_retrieval(attention),

@@ -11,6 +11,7 @@ import torch
 
 from longctx.attention.config import AttentionConfig
 from longctx.errors import ConfigError
+from longctx.shards.group import ShardGroup
 from memory.block_store import BlockStore, FilePool
 from memory.layout import KVLayout
 from memory.pages import PagePool
@@ -29,6 +30,8 @@ def make_store(
     device: torch.device,
     max_context: int,
     make_pool: Callable[[KVLayout, int], PagePool] | None = None,
+    shards: ShardGroup | None = None,
+    num_sharing: int = 1,
 ) -> BlockStore:
     """A store.
 
@@ -38,11 +41,16 @@ def make_store(
         device: that reads it.
         max_context: tokens of a sequence at most.
         make_pool: allocates host memory that a transport can send from.
+        shards: ranks that have a store each, of as many pages; all of them call this.
+        num_sharing: ranks on this machine.
 
     Raises:
         ConfigError: if there is no room.
     """
-    num_pages = _count_below(attention, layout, max_context)
+    world_size = 1 if shards is None else shards.group.world_size
+    num_pages = _count_below(attention, layout, -(-max_context // world_size), num_sharing)
+    if shards is not None:
+        num_pages = shards.agree_on_pages(layout, num_pages)
     logger.info("%d blocks (%.1f GiB) in %s", num_pages, num_pages * layout.page_bytes / 2**30, attention.below)
     if attention.below == "file":
         return BlockStore(FilePool(layout, num_pages, _folder(attention)))
@@ -54,14 +62,15 @@ def make_store(
     return BlockStore(PagePool(layout, num_pages, storage=torch.zeros(shape, dtype=torch.uint8, pin_memory=True)))
 
 
-def _count_below(attention: AttentionConfig, layout: KVLayout, max_context: int) -> int:
-    free = _free_bytes(attention)
+def _count_below(attention: AttentionConfig, layout: KVLayout, max_context: int, num_sharing: int) -> int:
+    free = _free_bytes(attention) // num_sharing
     budget = parse_budget(attention.blocks_bytes)
     if budget is None:
         budget = min(int(free * AUTO_SHARE), AUTO_CONTEXTS * layout.num_pages(max_context) * layout.page_bytes)
     elif budget > free:
         raise ConfigError(
             f"attention.blocks_bytes={attention.blocks_bytes} is not allowed: {free / 2**30:.1f} GiB are free"
+            + (f" for each of {num_sharing} ranks" if num_sharing > 1 else "")
         )
     if budget < layout.page_bytes:
         raise ConfigError(

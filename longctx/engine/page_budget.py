@@ -30,6 +30,7 @@ def count_pages(
     is_wanted: bool,
     world_size: int,
     num_sharing: int,
+    num_tabled: int = 0,
 ) -> int:
     """Pages within this rank's KV budget, and never more than its share of ``max_sequences`` full contexts.
 
@@ -41,6 +42,7 @@ def count_pages(
         is_wanted: somebody counts on a full context, and is to be told if it does not fit.
         world_size: ranks that share sequences.
         num_sharing: ranks on this machine.
+        num_tabled: landmarks' keys that a table beside the pages has for each page.
 
     Raises:
         ConfigError: if the budget holds no page, or is more than there is.
@@ -55,9 +57,7 @@ def count_pages(
             f"engine.kv_bytes={config.kv_bytes} is not allowed: "
             f"{available_bytes(device, share=1.0) / 2**30:.1f} GiB of memory are available"
         )
-    page_bytes = layout.page_bytes
-    if world_size > 1:  # a page's landmark lies in every rank's table
-        page_bytes += world_size * layout.num_layers * layout.landmark_bytes
+    page_bytes = layout.page_bytes + num_tabled * layout.num_layers * layout.landmark_bytes
     num_pages = budget // page_bytes
     if num_pages < 1:
         raise ConfigError(

@@ -73,7 +73,7 @@ class CoreRank:
     def __init__(self, decoder: PackedDecoder, pool: PagePool, *, rank: int, world_size: int) -> None:
         assert isinstance(decoder.backend, SharedCoreAttention)
         self.decoder, self.pool, self.rank, self.world_size = decoder, pool, rank, world_size
-        self.exports = RankExports(OwnPages(), num_layers=pool.layout.num_layers, page_size=pool.layout.page_size)
+        self.exports = RankExports(OwnPages(), pool)
         self._attention = decoder.backend
 
     def make_reader(self) -> CoreStepReader:

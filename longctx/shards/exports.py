@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longctx.shards.step import Step
+from memory.pages import PageAllocator
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,13 @@ class RankExports:
     """What a rank other than 0 ships. Used on the thread that computes, but for ``open`` and ``close``.
 
     Args:
-        own: this rank's pages.
-        num_layers: of the model.
-        page_size: tokens of a page.
+        own: this rank's numbers of pages.
+        pages: are told what is final before it is sent.
     """
 
-    def __init__(self, own: OwnPages, *, num_layers: int, page_size: int) -> None:
-        self._own, self._num_layers, self._page_size = own, num_layers, page_size
+    def __init__(self, own: OwnPages, pages: PageAllocator) -> None:
+        self._own, self._pages = own, pages
+        self._num_layers, self._page_size = pages.layout.num_layers, pages.layout.page_size
         self._exports: dict[str, _Export] = {}
 
     def open(self, request_id: str, sinks: Sequence[PageSink]) -> None:
@@ -112,6 +113,7 @@ class RankExports:
         if export is None or not pages:
             return
         try:
+            self._pages.note_final(layer_idx, pages)
             for sink in export.sinks:
                 sink.send(layer_idx, page_idxs, pages)
         except Exception as error:  # the receiver fails the lease, and so this request alone

@@ -28,6 +28,7 @@ from longctx.shards.landmark_gather import LandmarkGather
 from longctx.shards.layout import StepLayout, pad_tables, split_by_rank
 from memory.landmark_keys import LandmarkKeys, make_landmark_table
 from memory.pages import PagePool
+from memory.rank_tiers import RankTiers
 from parallel.carrier import Carrier, drive
 
 
@@ -36,7 +37,7 @@ class ShardedLandmarks(LandmarkAttention):
 
     Args:
         inner: attends pages of this rank.
-        pool: this rank's pages; all ranks have as many.
+        pages: this rank's; all ranks have as many.
         rotary: of the model.
         spec, retrieval: see ``LandmarkAttention``.
         carrier: to the other ranks.
@@ -46,7 +47,7 @@ class ShardedLandmarks(LandmarkAttention):
     def __init__(
         self,
         inner: AttentionBackend,
-        pool: PagePool,
+        pages: PagePool | RankTiers,
         rotary: RotaryTable,
         *,
         spec: LandmarkSpec,
@@ -55,16 +56,17 @@ class ShardedLandmarks(LandmarkAttention):
         timeout_s: float,
     ) -> None:
         self._carrier, self._timeout_s = carrier, timeout_s
-        self._pages_per_rank, self._num_layers = pool.num_pages, pool.layout.num_layers
-        table = make_landmark_table(pool.layout, carrier.world_size * pool.num_pages, rotary.device)
-        super().__init__(inner, table, rotary, spec=spec, retrieval=retrieval)
-        self._made = LandmarkKeys(pool.landmarks)
+        self._pages_per_rank, self._num_layers = pages.num_pages, pages.layout.num_layers
+        table = make_landmark_table(pages.layout, carrier.world_size * pages.num_pages, rotary.device)
+        tiers = pages if isinstance(pages, RankTiers) else None
+        super().__init__(inner, table, rotary, spec=spec, retrieval=retrieval, tiers=tiers)
+        self._made = LandmarkKeys(pages.landmarks) if isinstance(pages, PagePool) else pages.landmark_keys
 
-    def lay_out(self, batch: PackedBatch) -> PackedBatch:
-        """Put landmarks in; tables are of rank 0's numbers, but for what this rank's own rows write and see."""
+    def _insert_landmarks(self, batch: PackedBatch) -> PackedBatch:
+        """Tables are of rank 0's numbers, but for what this rank's own rows write and see."""
         tables = pad_tables([segment.pages for segment in _layout_of(batch).segments])
         tables_BP = torch.from_numpy(tables).to(batch.positions_T.device)
-        batch = super().lay_out(replace(batch, block_tables_BP=tables_BP))
+        batch = super()._insert_landmarks(replace(batch, block_tables_BP=tables_BP))
         rows = batch.landmark
         assert rows is not None
         rows.own.block_tables_BP = tables_BP % self._pages_per_rank
@@ -128,7 +130,7 @@ class ShardedLandmarks(LandmarkAttention):
             pages, kv_heads, counts = rows.blocks_3B
             borders = torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
             here = HeadPages(borders, pages % self._pages_per_rank, kv_heads)
-            return self.inner.attend_pages(rows.q_SD, shape, here, batch.pool)
+            return self._see_here(rows.q_SD, here, shape, batch)
 
         exchange = BlockExchange(
             carrier,
@@ -138,6 +140,8 @@ class ShardedLandmarks(LandmarkAttention):
             see=see,
         )
         drive(exchange.run(), carrier.rank, self._timeout_s)
+        if self._tiers is not None:
+            self._tiers.end_layer(shape.layer_idx)
         return torch.cat(exchange.seen)
 
 

@@ -14,6 +14,7 @@ from longctx.shards.layout import StepLayout
 from longctx.shards.plans import PlanChoice, StepPlans
 from longctx.shards.step import Step, StepReader
 from memory.pages import PagePool
+from memory.rank_tiers import RankTiers
 
 
 class ShardRank:
@@ -21,7 +22,7 @@ class ShardRank:
 
     Args:
         decoder: the model, its backend one that exchanges.
-        pool: this rank's pages.
+        pages: this rank's; with tiers, ``pool`` is what lies below.
         rank, world_size: which of how many.
         pages_per_rank: the same on all; what rank 0 numbers pages by.
         choice: how prompts are exchanged.
@@ -30,7 +31,7 @@ class ShardRank:
     def __init__(
         self,
         decoder: PackedDecoder,
-        pool: PagePool,
+        pages: PagePool | RankTiers,
         *,
         rank: int,
         world_size: int,
@@ -38,10 +39,11 @@ class ShardRank:
         choice: PlanChoice,
     ) -> None:
         assert isinstance(decoder.backend, ShardedAttention | ShardedLandmarks)
-        self.decoder, self.pool, self.rank, self.world_size = decoder, pool, rank, world_size
-        layout = pool.layout
+        self.decoder, self.rank, self.world_size = decoder, rank, world_size
+        self._pages, self._tiers = pages, pages if isinstance(pages, RankTiers) else None
+        self.pool, self._near = (pages.below, pages.near) if isinstance(pages, RankTiers) else (pages, pages)
         self.own = OwnPages(rank, pages_per_rank)
-        self.exports = RankExports(self.own, num_layers=layout.num_layers, page_size=layout.page_size)
+        self.exports = RankExports(self.own, pages)
         self._attention = decoder.backend
         self._pages_per_rank, self._choice = pages_per_rank, choice
 
@@ -65,12 +67,14 @@ class ShardRank:
         Raises:
             ExchangeError: if a rank is lost.
         """
-        for source, target in step.copies:
-            if source // self._pages_per_rank == self.rank:
-                self.pool.copy_page(source % self._pages_per_rank, target % self._pages_per_rank)
         if step.arrived:
             assert isinstance(self._attention, ShardedLandmarks)
+            own = self.own.select(0, step.arrived)[1]
+            self._pages.note_arrived(own, len(own))
             self._attention.share(step.arrived)
+        for source, target in step.copies:
+            if source // self._pages_per_rank == self.rank:
+                self._pages.copy_page(source % self._pages_per_rank, target % self._pages_per_rank)
         layout = StepLayout(
             step.segments,
             world_size=self.world_size,
@@ -82,13 +86,18 @@ class ShardRank:
         for row, index in enumerate(sampled):
             rows_of[layout.owner_of_last(index)].append(row)
         batch = self._lay_out(layout, on_layer)
-        if len(batch.input_ids_T):
-            return self.decoder.hidden(batch), rows_of
-        batch = self._attention.lay_out(batch)
+        hidden = self.decoder.hidden(batch) if len(batch.input_ids_T) else self._serve(batch)
+        if self._tiers is not None:
+            self._tiers.end_step()
+        return hidden, rows_of
+
+    def _serve(self, batch: ShardBatch) -> torch.Tensor:
+        """What the other ranks need of one without tokens; no hidden states."""
+        laid_out = self._attention.lay_out(batch)
         for shape in self.decoder.attention_shapes:
             no_queries = torch.empty((0, shape.num_heads, shape.head_dim), dtype=self.decoder.dtype)
-            self._attention.exchange(no_queries.to(self.decoder.device), shape, batch)
-        return self.decoder.no_hidden(), rows_of
+            self._attention.exchange(no_queries.to(self.decoder.device), shape, laid_out)
+        return self.decoder.no_hidden()
 
     def _lay_out(self, layout: StepLayout, on_layer: Callable[[int], None] | None) -> ShardBatch:
         rank, size = self.rank, self.pool.layout.page_size
@@ -113,7 +122,7 @@ class ShardRank:
             logit_rows_R=self._tensor([logit_rows]),
             max_q_len=max((b - a for a, b in pairwise(borders)), default=1),
             max_kv_len=max_kv_len,
-            pool=self.pool,
+            pool=self._near,
             rope_lens_T=self._tensor(lens) if self.decoder.rotary.depends_on_length else None,
             on_layer=on_layer,
             plans=StepPlans(layout, rank, dtype=self.decoder.dtype, device=self.decoder.device, choice=self._choice),

@@ -33,7 +33,7 @@ class Step:
 
     segments: tuple[Segment, ...]
     copies: tuple[tuple[int, int], ...] = ()  # of pages
-    arrived: tuple[int, ...] = ()  # pages that another worker filled, and whose landmarks all ranks are to know
+    arrived: tuple[int, ...] = ()  # pages that another worker sent, and whose landmarks all ranks are to know
 
 
 class StepWriter:

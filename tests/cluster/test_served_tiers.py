@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.config import ClusterConfig, PrefillConfig, ServeConfig
+from cluster.config import ClusterConfig, DecodeConfig, PrefillConfig, ServeConfig
 from cluster.preflight import check
 from longctx.attention.config import AttentionConfig
 from longctx.errors import ConfigError
@@ -17,7 +17,7 @@ from tests.longctx.engines import GREEDY, make_request
 from tests.tiny_checkpoints import make_checkpoint
 
 PAGE_BYTES = 8448
-NUM_NEAR = 64 // 16 + 2 * 16 + MIN_CACHE
+NUM_NEAR = 2 * 64 // 16 + 2 * 16 + MIN_CACHE  # what one of two ranks takes
 LENGTHS = (1, 16, 65, 200, 900)
 
 
@@ -53,10 +53,39 @@ def test_apart_equals_one_engine(folder, transport, blocks):
     assert all(num_shipped)
 
 
-def test_many_at_once_with_little_room_below(folder):
+@pytest.mark.parametrize(
+    ("prefill_ranks", "decode_ranks", "transport", "blocks"),
+    [
+        (2, 2, "shared_memory", "host"),
+        pytest.param(2, 1, "tcp", "file", marks=pytest.mark.slow),
+        pytest.param(1, 2, "auto", "file", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_send_and_get_their_own_blocks(folder, prefill_ranks, decode_ranks, transport, blocks):
+    """Each from its own tier into those of others; a prefix that was sent for an earlier request is found."""
+    ranks = {"prefill_ranks": prefill_ranks, "decode_ranks": decode_ranks}
+    config = tiered_config(folder, blocks, transport=transport, num_below=200, **ranks)
+    params = replace(GREEDY, max_tokens=40, n=2)
+    requests = [make_request(f"r{n}", make_prompt(n, n), params) for n in LENGTHS]
+    later = [make_request(f"p{n}", make_prompt(900, 400) + make_prompt(n, 10 * n), params) for n in (1, 2)]
+    expected = generate_alone(config, [*requests, *later])
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            answers = await asyncio.gather(*map(cluster.answer, requests))
+            return [*answers, *[await cluster.answer(request) for request in later]], cluster.num_shipped()
+
+    answers, num_shipped = asyncio.run(scenario())
+    assert answers == expected
+    assert num_shipped > 0
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_many_at_once_with_little_room_below(folder, num_ranks):
     """Some wait for room, some are preempted, one is given up on its way."""
-    config = tiered_config(folder, "host", num_below=50, num_prefill=2)
-    params = replace(GREEDY, max_tokens=48)
+    ranks = {"prefill_ranks": num_ranks, "decode_ranks": num_ranks}
+    config = tiered_config(folder, "host", num_below=50 // num_ranks, num_prefill=2, **ranks)
+    params = replace(GREEDY, max_tokens=96)
     requests = [make_request(f"r{n}", make_prompt(n, 40 + 50 * n), replace(params, n=1 + n % 2)) for n in range(6)]
 
     async def scenario():
@@ -87,5 +116,7 @@ def test_deployments_that_are_refused(folder):
         served("file", name="shared_memory")
     with pytest.raises(ConfigError, match=r"attention\.blocks_bytes=99999GiB for each of 2 processes is more than"):
         served("host", blocks_bytes="99999GiB")
-    with pytest.raises(ConfigError, match=r"attention\.blocks=host is not allowed with cluster\.prefill\.sp_degree=2"):
-        served("host", ClusterConfig(prefill=PrefillConfig(sp_degree=2)))
+    ranks = ClusterConfig(prefill=PrefillConfig(sp_degree=2), decode=DecodeConfig(sp_degree=2))
+    served("host", ranks)
+    with pytest.raises(ConfigError, match=r"attention\.blocks_bytes=99999GiB for each of 4 processes is more than"):
+        served("host", ranks, blocks_bytes="99999GiB")

@@ -17,12 +17,15 @@ TIMEOUT_S = 60.0
 
 @contextmanager
 def sharded_engine(folder, world_size, *, plan="auto", method=None, timeout_s=TIMEOUT_S, ends_well=True, **options):
-    """Rank 0's engine; the others follow until the block ends. ``engine.lose_rank`` ends one as a dead process does."""
+    """Rank 0's engine; the others follow until the block ends. ``engine.lose_rank`` ends one as a dead process does.
+
+    ``engine.parts`` are the ranks.
+    """
     model_options = {name: options.pop(name) for name in ("attention", "max_context", "adapter") if name in options}
     model_config = ModelConfig(path=str(folder), device="cpu", **model_options)
     config = EngineConfig(**({"num_threads": 1, "max_sequences": 16, "kv_bytes": "4MiB"} | options))
     meeting = open_meeting(LOOPBACK, timeout_s=timeout_s)
-    ends, threads, failures, groups = [], [], [], {}
+    ends, threads, failures, groups, parts = [], [], [], {}, {}
 
     def make_shards(rank):
         place = meeting if rank == 0 else (LOOPBACK, meeting.port)
@@ -33,7 +36,7 @@ def sharded_engine(folder, world_size, *, plan="auto", method=None, timeout_s=TI
     def start(rank):
         try:
             shards = make_shards(rank)
-            part = build_rank(model_config, config, shards, attention=method)
+            part = parts[rank] = build_rank(model_config, config, shards, attention=method)
             threads.append(
                 follow_on_thread(part, shards.group, timeout_s=timeout_s, on_end=ends.append, name=f"rank-{rank}")
             )
@@ -47,6 +50,7 @@ def sharded_engine(folder, world_size, *, plan="auto", method=None, timeout_s=TI
     for starter in starters:
         starter.join()
     assert not failures, failures
+    engine.parts = [engine.runner._rank, *(parts[rank] for rank in range(1, world_size))]
     engine.lose_rank = lambda rank: groups[rank].close()
     try:
         yield engine

@@ -8,6 +8,8 @@ import pytest
 from longctx.shards.exports import OwnPages, RankExports
 from longctx.shards.layout import StepLayout
 from longctx.shards.step import Segment, Step, StepReader, StepWriter
+from memory.layout import KVLayout
+from memory.pages import PagePool
 
 SIZE, PER_RANK = 16, 100
 
@@ -126,8 +128,12 @@ class Sink:
         self.aborts.append(reason)
 
 
+def make_pool(*, num_layers):
+    return PagePool(KVLayout(num_layers, 1, 8, SIZE, "float32", "hnd"), 1)
+
+
 def test_a_rank_ships_its_own_pages_once_and_commits_at_the_end():
-    exports = RankExports(OwnPages(1, PER_RANK), num_layers=2, page_size=SIZE)
+    exports = RankExports(OwnPages(1, PER_RANK), make_pool(num_layers=2))
     sink, other = Sink(), Sink()
     exports.open("r", [sink, other])
     pages = [100, 3, 101, 102, 7, 103]  # rank 1 has indices 0, 2, 3, 5
@@ -149,7 +155,7 @@ def test_a_rank_ships_its_own_pages_once_and_commits_at_the_end():
 
 
 def test_an_export_that_fails_ends_alone():
-    exports = RankExports(OwnPages(0, PER_RANK), num_layers=1, page_size=SIZE)
+    exports = RankExports(OwnPages(0, PER_RANK), make_pool(num_layers=1))
     bad, good = Sink(fails=True), Sink()
     exports.open("bad", [bad])
     exports.open("good", [good])

@@ -48,6 +48,17 @@ def test_a_full_rank_is_helped_out_by_the_others():
     assert pages.allocate(1) is None
 
 
+def test_copies_to_pages_that_are_given_up_are_not_made():
+    """Whoever gets such a page next may have filled it before a step comes."""
+    pages = make_pages(world_size=2)
+    (source,) = pages.allocate(1)
+    kept, dropped = pages.allocate(2, beside=[source, source])
+    for target in (dropped, kept):
+        pages.copy_page(source, target)
+    pages.reclaim(pages.release([dropped]))
+    assert pages.take_copies() == [(source, kept)]
+
+
 def test_a_copy_lies_beside_its_original_or_is_refused():
     pages = make_pages(pages_per_rank=2, world_size=2, stretch_pages=4)
     whole = pages.allocate(3)  # ranks 0, 0 or 1, ...

@@ -151,13 +151,11 @@ def test_every_row_sees_the_block_it_asks_for(world_size):
 
 
 def test_refusals(folders):
-    told = r"attention.blocks=host is not allowed on several ranks \(sp_degree\): near"
-    below = replace(LANDMARKS, blocks="host")
-    with pytest.raises(ConfigError, match=told), sharded_engine(folders["llama"], 1, method=below):
-        pass
+    """None that is the ranks' own: wherever blocks are."""
     cluster = ClusterConfig(num_prefill_workers=0, decode=DecodeConfig(sp_degree=2))
-    with pytest.raises(ConfigError, match=r"attention.blocks=file is not allowed with cluster.decode.sp_degree=2"):
-        check_served(folders["llama"], cluster, blocks="file")
+    with pytest.raises(ConfigError, match=r"cluster.prefill.sp_degree=2 is not allowed with cluster.num_prefill_wor"):
+        check_served(folders["llama"], replace(cluster, prefill=PrefillConfig(sp_degree=2)))
+    check_served(folders["llama"], cluster, blocks="file")
     check_served(folders["llama"], cluster)
     check_served(folders["llama"], ClusterConfig(prefill=PrefillConfig(sp_degree=3), decode=DecodeConfig(sp_degree=2)))
 
