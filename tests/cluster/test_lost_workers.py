@@ -142,10 +142,9 @@ def test_a_text_that_has_begun_ends_in_an_error(folder, hit, num_decode):
             return seen, api_error, await cluster.answer(other)
 
     seen, api_error, answer = asyncio.run(scenario())
-    text = generate_alone(
-        config, [replace(request, sampling=replace(GREEDY, max_tokens=len(join(seen)[0].token_ids)))]
-    )[0][0]
-    assert join(seen)[0].token_ids == text.token_ids, "what came before the loss is right"
+    told = join(seen)[0].token_ids
+    alone = generate_alone(config, [replace(request, sampling=replace(GREEDY, max_tokens=len(told)))])[0][0]
+    assert told == alone.token_ids, "what came before the loss is right"
     assert (api_error.status, api_error.code) == (503, "worker_lost")
     assert "decode-0" in str(api_error)
     assert answer is None or answer == generate_alone(config, [other])[0]
