@@ -14,7 +14,7 @@ import torch
 from memory.layout import KVLayout
 from memory.pages import PagePool
 
-RESIDENT_BYTES = 32 << 20  # of the map
+RESIDENT_BYTES = 512 << 10  # used of a map at one time; the kernel maps up to thirty times as much around them
 
 
 class BlockStore:
@@ -34,8 +34,11 @@ class BlockStore:
 
     def read(self, layer_idx: int, pages_P: torch.Tensor) -> torch.Tensor:
         """One layer of some pages, uint8 ``[P, block_bytes]`` on the CPU; a copy."""
-        found = self.pool.storage[layer_idx].index_select(0, pages_P)
-        self.pool.note_use(found.numel())
+        found = torch.empty((len(pages_P), self.pool.layout.block_bytes), dtype=torch.uint8)
+        num_blocks = max(1, RESIDENT_BYTES // self.pool.layout.block_bytes)
+        for part, pages in zip(found.split(num_blocks), pages_P.split(num_blocks), strict=True):
+            torch.index_select(self.pool.storage[layer_idx], 0, pages, out=part)
+            self.pool.note_use(part.numel())
         return found
 
 
@@ -51,8 +54,8 @@ def put_blocks(storage_NX: torch.Tensor, places_P: torch.Tensor, blocks_PX: torc
 class FilePool(PagePool):
     """Pages in a memory-mapped file without a name, which is gone with the process.
 
-    No more of it stays resident than ``RESIDENT_BYTES``, so that a process does not grow with what it has read. Writing
-    a page may wait for the disk.
+    What was used of it is let go of every ``RESIDENT_BYTES``, so that a process does not grow with what it has read.
+    Writing a page may wait for the disk.
 
     Args:
         layout: of the pages.

@@ -21,7 +21,7 @@ from longctx.attention.ranking import rank_scores
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``(q [T, K, G, ..., D], number of slots)`` to q as it is that many slots further away; numbers broadcast to q's."""
 
-TILE_SCORES = 1 << 24  # that exist at one time
+TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 24}  # that exist at one time: on a CPU, what stays in its caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def choose_blocks(
         turn: see ``Turn``.
     """
     num_blocks = landmarks_NKD.shape[-3]
-    num_rows = max(1, TILE_SCORES // (q_TKGD.shape[1] * q_TKGD.shape[2] * num_blocks))
+    num_rows = max(1, TILE_SCORES[q_TKGD.device.type] // (q_TKGD.shape[1] * q_TKGD.shape[2] * num_blocks))
     ranked = []
     for rows in _tiles(run_T, num_rows):
         landmarks = landmarks_NKD[rows] if landmarks_NKD.dim() == 4 else landmarks_NKD
