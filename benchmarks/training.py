@@ -2,7 +2,8 @@
 
     python -m benchmarks.training --models tiny --lengths 4096 16384 65536 --save training
 
-Two ranks of one thread each for every engine, the same checkpoint, tokens, element type and optimizer. Engines stay up
+Two ranks of one thread each for every engine, the same checkpoint, tokens, element type and optimizer, and the heap
+settings that longctx starts its ranks with, which save memory in any process. Engines stay up
 and take turns step by step, each round in another order; one step of each warms up. DDP's ranks share no sequence, so
 it takes two in a step: its tokens count twice.
 """
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.machine import REPOSITORY, describe_run, keep_result
 from benchmarks.processes import ProcessTree
+from longctx.heap import heap_env
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ class Engine:
             ProcessTree(
                 [sys.executable, "-m", "benchmarks.training_rank", name, str(rank), str(path)],
                 folder / f"{name}-{rank}.log",
-                env={"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
+                env=heap_env()
+                | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
                 cwd=REPOSITORY,
                 piped=True,
             )

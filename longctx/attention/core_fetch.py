@@ -54,12 +54,12 @@ class CoreFetch:
             cores = read_rows(batch.pool, shape.layer_idx, segment.core_slots_N)
             k_KND, v_KND = (x.float().transpose(0, 1) for x in cores)
             bounds_KND = _read_bounds(batch.pool, shape.layer_idx, segment.bound_slots_N)
+            number_N = torch.arange(len(segment.core_slots_N), device=q_THD.device)
             size = max(len(segment.core_slots_N), self._num_groups * segment.group_size * shape.head_dim)
             num_rows = max(1, TILE_ELEMENTS // (shape.num_heads * size))
             for start in range(segment.rows.start, segment.rows.stop, num_rows):
                 rows = slice(start, min(start + num_rows, segment.rows.stop))
                 q_RKGD = q_THD[rows].float().unflatten(1, (shape.num_kv_heads, -1))
-                number_N = torch.arange(len(segment.core_slots_N), device=q_THD.device)
                 is_later_RN = number_N >= batch.cores.num_cores_T[rows, None]
                 chosen_RKGF = self._choose(q_RKGD, bounds_KND, is_later_RN, shape.scale)
                 self._see_cores(out_THD[rows], lse_TH[rows], q_RKGD, k_KND, v_KND, is_later_RN, chosen_RKGF, shape)

@@ -116,6 +116,12 @@ class SmallCluster:
         """What came in all: one delta for each sequence."""
         return join(await self.generate(request))
 
+    async def answer_twice(self, requests: Sequence[GenerationRequest]) -> tuple[list[list[OutputDelta]], ...]:
+        """Answers one after another, and then to all at once, whose prefixes are known."""
+        answers = [await self.answer(request) for request in requests]
+        again = [dataclasses.replace(request, request_id=f"again-{request.request_id}") for request in requests]
+        return answers, await asyncio.gather(*map(self.answer, again))
+
     async def stats(self, name: str) -> EngineStats:
         """The engine's, now."""
         worker = self.workers[name]

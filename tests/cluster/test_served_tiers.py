@@ -41,9 +41,7 @@ def test_apart_equals_one_engine(folder, transport, blocks):
 
     async def scenario():
         async with start_cluster(config) as cluster:
-            answers = [await cluster.answer(request) for request in requests]
-            together = [replace(request, request_id=f"again-{request.request_id}") for request in requests]
-            again = await asyncio.gather(*map(cluster.answer, together))
+            answers, again = await cluster.answer_twice(requests)
             return answers, again, [cluster.num_shipped(name) for name in ("prefill-0", "prefill-1")]
 
     answers, again, num_shipped = asyncio.run(scenario())

@@ -46,9 +46,7 @@ def test_apart_equals_one_engine(tmp_path, variant, transport):
 
     async def scenario():
         async with start_cluster(config) as cluster:
-            answers = [await cluster.answer(request) for request in requests]
-            together = [replace(request, request_id=f"again-{request.request_id}") for request in requests]
-            again = await asyncio.gather(*map(cluster.answer, together))
+            answers, again = await cluster.answer_twice(requests)
             return answers, again, cluster.num_shipped()
 
     expected = generate_alone(config, requests)

@@ -44,7 +44,7 @@ class DemoRows:
         config, rng = self._config, random.Random(f"{self._name} {row_idx}")
         if rng.random() >= config.demo_recall:
             return {config.text_key: self._corpus.draw_lines(rng, config.demo_tokens)}
-        num_facts = 1 if rng.random() < _ONE_FACT_SHARE else rng.randint(2, max(2, config.demo_facts))
+        num_facts = 1 if rng.random() < _ONE_FACT_SHARE else rng.randint(min(2, config.demo_facts), config.demo_facts)
         facts = demo_data.make_facts(rng, num_facts)
         is_chat = rng.random() < _CHAT_SHARE
         num_asked = _MAX_ASKED if is_chat else 1

@@ -89,6 +89,11 @@ def test_demo_rows_hide_more_than_they_ask_for_and_keep_to_their_length() -> Non
     assert all(sum(len(message["content"]) for message in chat) <= 480 for chat in chats)
 
 
+def test_demo_rows_of_one_fact_ask_once() -> None:
+    rows = open_source("demo", DataConfig(demo_recall=1.0, demo_facts=1))
+    assert {len(row["messages"]) for row in map(rows.read, range(50)) if "messages" in row} == {2}
+
+
 @pytest.mark.parametrize(("path", "chosen"), [("demo", "jsonl"), ("rows.jsonl", "demo")])
 def test_demo_rows_have_a_name_and_a_format_of_their_own(path: str, chosen: str) -> None:
     with pytest.raises(ConfigError, match="is not allowed with"):
