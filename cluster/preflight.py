@@ -58,13 +58,6 @@ def _check_method(config: ServeConfig, name: str) -> None:
             "transport.name=shared_memory is not allowed with attention.blocks=file: it sends from /dev/shm alone; "
             "tcp or auto, or attention.blocks=host"
         )
-    for role in ("prefill", "decode"):
-        sp_degree = cluster.group_of(role).sp_degree
-        if sp_degree > 1 and config.attention.core_fetch:
-            raise ConfigError(
-                f"cluster.{role}.sp_degree={sp_degree} is not allowed with {name} attention and attention.core_fetch="
-                f"{config.attention.core_fetch}: 1"
-            )
     if name == "cca" and cluster.num_prefill_workers and cluster.decode.sp_degree > 1:
         raise ConfigError(
             f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention and "
@@ -97,7 +90,7 @@ def _check_memory(config: ServeConfig) -> None:
     parts = {}
     if config.model.device != "cuda":
         parts["engine.kv_bytes"] = config.engine.kv_bytes
-    if config.attention.blocks == "host":
+    if config.attention.blocks == "host" or (config.attention.core_fetch and config.attention.below == "host"):
         parts["attention.blocks_bytes"] = config.attention.blocks_bytes
     for key, value in parts.items():
         budget = parse_budget(value)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from memory.layout import KVLayout
+from memory.page_moves import PageMoves
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIGNMENT = 4096  # bytes: vector loads split no cache line, and shipping code may map what it ships
@@ -122,7 +123,7 @@ class PagePool(PageAllocator):
         if storage.shape != shape or storage.dtype != torch.uint8:
             raise ValueError(f"storage is {storage.dtype} {tuple(storage.shape)}; must be uint8 {shape}")
         self.storage = storage
-        self.copies: list[tuple[int, int]] | None = None  # made since they were last taken; None: nobody asks
+        self.moves: PageMoves | None = None  # for ranks that hold the same pages; None: there are none
         self._free = list(range(num_pages - 1, -1, -1))
         self._views = [_block_views(storage[layer_idx], layout) for layer_idx in range(layout.num_layers)]
 
@@ -151,14 +152,20 @@ class PagePool(PageAllocator):
 
     def copy_page(self, source: int, target: int) -> None:
         self.storage[:, target].copy_(self.storage[:, source])
-        if self.copies is not None:
-            self.copies.append((source, target))
+        if self.moves is not None:
+            self.moves.copy(source, target)
+
+    def note_arrived(self, pages: Sequence[int], num_full: int) -> None:
+        if self.moves is not None:
+            self.moves.arrive(pages)
 
     def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
         return [self._free.pop() for _ in range(num_pages)]
 
     def _give_back(self, pages: list[int]) -> None:
         self._free.extend(pages)
+        if self.moves is not None:
+            self.moves.forget(pages)
 
 
 def _allocate(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:

@@ -90,12 +90,6 @@ def choose_method(config: AttentionConfig, spec: ModelSpec) -> AttentionSpec | N
     return _choose_cca(config, spec) if name == "cca" else spec.attention if name == "landmark" else None
 
 
-def check_on_ranks(config: AttentionConfig) -> None:
-    """Whether ranks can share sequences; raises ``ConfigError`` if not."""
-    if config.core_fetch:
-        raise ConfigError(f"attention.core_fetch={config.core_fetch} is not allowed on several ranks (sp_degree)")
-
-
 def _refuse_options(config: AttentionConfig, names: tuple[str, ...], method: str, used: str) -> None:
     """Options that are not as they are by default, and are of another method."""
     for field in fields(AttentionConfig):

@@ -4,11 +4,16 @@ Shape legend: T tokens in the batch, B segments, N groups that end or cores that
 g, P pages, D rotary dimensions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from longctx.attention.batch import KeyRanges
+
+Kept = Sequence[int] | npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -35,7 +40,7 @@ class CoreSegment:
     bound_slots_N: torch.Tensor  # int64, of their groups' bounds
     table_P: torch.Tensor  # int64, the pages of tokens that it still has
     num_passed: int  # pages before those
-    kept: list[int]  # where these are below
+    kept: Kept  # where these are below
 
 
 @dataclass(slots=True)

@@ -125,7 +125,7 @@ class CoreFetch:
         parts = [read_rows(pool, layer_idx, near_U)] if len(near_U) else []
         if num_below:
             pages, place_U = page_U[:num_below].unique_consecutive(return_inverse=True)
-            kept = [segment.kept[page] for page in pages.tolist()]
+            kept = [int(segment.kept[page]) for page in pages.tolist()]
             found = self._below.read(layer_idx, kept, token_U.device)
             parts.insert(0, read_rows(found, 0, place_U * size + offset_U[:num_below]))
         k_UKD, v_UKD = (torch.cat(rows) for rows in zip(*parts, strict=True))

@@ -231,5 +231,5 @@ class NativeAttention(AttentionBackend):
 
 def _page_addresses(pool: PagePool, layer_idx: int) -> tuple[int, int]:
     """Where K and V of one layer's page 0 lie."""
-    address = pool.storage.data_ptr() + layer_idx * pool.num_pages * pool.layout.block_bytes
+    address = pool.storage[layer_idx].data_ptr()
     return address, address + pool.layout.v_offset

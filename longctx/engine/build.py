@@ -9,11 +9,10 @@ import torch
 
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.backend import AttentionBackend
-from longctx.attention.cca_paged import CoreAttention
-from longctx.attention.config import AttentionConfig, check_on_ranks, choose_method, warn_untrained
-from longctx.attention.core_fetch import CoreFetch
+from longctx.attention.config import AttentionConfig, choose_method, warn_untrained
 from longctx.attention.registry import choose_attention
 from longctx.engine.config import EngineConfig
+from longctx.engine.core_build import make_core_pages, take_cores
 from longctx.engine.core_method import CoreMethod, count_context_pages
 from longctx.engine.engine import Engine
 from longctx.engine.landmark_build import (
@@ -23,7 +22,6 @@ from longctx.engine.landmark_build import (
     take_landmarks,
     take_sharded_landmarks,
 )
-from longctx.engine.lower_tier import make_store
 from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.page_budget import count_cores, count_pages
 from longctx.errors import ConfigError
@@ -34,7 +32,6 @@ from longctx.models.loading import load_model
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import load_tokenizer
 from longctx.shards.attention import ShardedAttention
-from longctx.shards.core_attention import SharedCoreAttention
 from longctx.shards.core_rank import CoreRank
 from longctx.shards.core_runner import CoreGroupRunner
 from longctx.shards.group import ShardGroup
@@ -72,6 +69,7 @@ def build_engine(
     make_pool: MakePool | None = None,
     random_weights_seed: int | None = None,
     shards: ShardGroup | None = None,
+    ships: bool = False,
 ) -> Engine:
     """Load a model and make an engine for it.
 
@@ -82,13 +80,14 @@ def build_engine(
         make_pool: makes the page pool from a layout and a number of pages, where its storage is not plain memory.
         random_weights_seed: make the weights up (benchmarks).
         shards: the ranks that share its sequences; this process is rank 0, the others call ``build_rank``.
+        ships: prompts are computed for other workers, or by them.
 
     Raises:
         CheckpointError: the checkpoint or the adapter cannot be served.
         ConfigError: naming the key, its value and what is allowed.
         ExchangeError: if a rank is lost.
     """
-    parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards)
+    parts = _load(model_config, engine_config, attention, make_pool, random_weights_seed, shards, ships=ships)
     decoder, layout = parts.decoder, parts.pages.layout
     config = engine_config if shards is None else shards.widen(engine_config)
     pages: PageAllocator = parts.pages
@@ -159,14 +158,14 @@ def _load(
     make_pool: MakePool | None,
     random_weights_seed: int | None,
     shards: ShardGroup | None,
+    *,
+    ships: bool = False,
 ) -> _Parts:
     spec = inspect_checkpoint(model_config.path, require_weights=random_weights_seed is None)
     spec, adapter = choose_adapter(model_config.adapter, spec)
     attention = attention or AttentionConfig()
     method = choose_method(attention, spec)
     warn_untrained(method, spec)
-    if shards is not None:
-        check_on_ranks(attention)
     device = choose_device(model_config.device)
     dtype = choose_dtype(model_config.dtype, spec, device)
     max_context = choose_context(spec, model_config.max_context)
@@ -191,13 +190,6 @@ def _load(
         wide = engine_config if shards is None else shards.widen(engine_config)
         fetches = attention.core_fetch > 0
         context_pages = count_context_pages(method, wide, page_size, max_context, fetches=fetches)
-        below = _make_below(attention, layout, device=device, max_context=max_context)
-        fetch = None if below is None else CoreFetch(attention.core_fetch, below)
-        if shards is None:
-            decoder.backend = CoreAttention(backend, loaded.rotary, method, fetch=fetch)
-        else:
-            carrier = shards.group.on_device(device)
-            decoder.backend = SharedCoreAttention(backend, loaded.rotary, method, carrier, timeout_s=shards.timeout_s)
     num_pages = count_pages(
         engine_config,
         layout,
@@ -223,6 +215,19 @@ def _load(
             shards=shards,
             num_sharing=num_sharing,
         )
+    elif isinstance(method, CCASpec):
+        pages, below = make_core_pages(
+            attention,
+            layout,
+            num_pages,
+            device=device,
+            max_context=max_context,
+            make_pool=make_pool,
+            shards=shards,
+            num_sharing=num_sharing,
+            ships=ships,
+        )
+        take_cores(decoder, method, attention, below=below, shards=shards)
     if pages is None:
         pages = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
     if isinstance(method, LandmarkSpec):
@@ -233,14 +238,6 @@ def _load(
             carrier = shards.group.on_device(device)
             take_sharded_landmarks(decoder, method, attention, pages=pages, carrier=carrier, timeout_s=shards.timeout_s)
     return _Parts(spec, decoder, pages, max_context, method, below=below)
-
-
-def _make_below(
-    attention: AttentionConfig, layout: KVLayout, *, device: torch.device, max_context: int
-) -> LowerPages | None:
-    if not attention.core_fetch:
-        return None
-    return LowerPages(layout, make_store(attention, layout, device=device, max_context=max_context))
 
 
 def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
@@ -257,7 +254,8 @@ def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
 
 def _make_core_rank(parts: _Parts, shards: ShardGroup) -> CoreRank:
     assert isinstance(parts.pages, PagePool)
-    return CoreRank(parts.decoder, parts.pages, rank=shards.group.rank, world_size=shards.group.world_size)
+    group = shards.group
+    return CoreRank(parts.decoder, parts.pages, below=parts.below, rank=group.rank, world_size=group.world_size)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,17 +1,15 @@
 """Lays out batches under CCA attention."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from longctx.attention.batch import PackedBatch
-from longctx.attention.core_batch import CoreSegment
 from longctx.engine.core_rows import CoreRows
 from longctx.engine.core_step import CoreStep, lay_cores
 from longctx.engine.runner import Decoder, ModelRunner
 from longctx.engine.scheduler import Chunk
-from longctx.engine.sequence import Sequence
 from memory.pages import PagePool
 
 
@@ -49,35 +47,17 @@ class CoreRunner(ModelRunner):
             rows.windows[:num_segments],
             self.inputs.logit_rows.array[: len(batch.logit_rows_R)],
             rows.core_stride,
+            self._list_kept(chunks) if rows.core_stride > 1 else (),
         )
 
     def _lay_out(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None) -> PackedBatch:
         batch, step = self.lay_step(chunks, on_layer)
         batch.cores = lay_cores(step, self._upload)
-        if self.rows.core_stride > 1:
-            sequences = [*self.rows.sequences, *(chunk.sequence for chunk in chunks)]
-            batch.cores.segments = tuple(self._list_segments(sequences, step))
         return batch
 
-    def _list_segments(self, sequences: list[Sequence], step: CoreStep) -> Iterator[CoreSegment]:
-        first_T = step.first_T(step.row_T)
-        for row, sequence in enumerate(sequences):
-            cores = sequence.cores
-            assert cores is not None
-            rows = slice(*step.cu_seqlens_B1[row : row + 2].tolist())
-            num_cores = int(first_T[rows.stop - 1]) // cores.sizes.group_size
-            if num_cores:
-                core_idx = np.arange(num_cores)
-                row_N = np.full_like(core_idx, row)
-                yield CoreSegment(
-                    rows,
-                    cores.sizes.group_size,
-                    self._upload(step.locate_cores(row_N, core_idx), torch.int64),
-                    self._upload(step.locate_bounds(row_N, core_idx), torch.int64),
-                    self._upload(np.array(sequence.pages), torch.int64),
-                    cores.num_passed,
-                    cores.kept,
-                )
+    def _list_kept(self, chunks: list[Chunk]) -> tuple[list[int], ...]:
+        every = [sequence.cores for sequence in (*self.rows.sequences, *(chunk.sequence for chunk in chunks))]
+        return tuple(cores.kept for cores in every if cores is not None)
 
     def _upload(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """A copy on the model's device."""

@@ -15,7 +15,6 @@ from longctx.engine.sequence import Sequence
 from longctx.messages import GenerationRequest
 from memory.core_pages import CoreCapacity, CorePages, CoreSizes
 from memory.lower_pages import LowerPages
-from memory.pages import PagePool
 from memory.prefix_cache import PrefixCache
 
 
@@ -70,18 +69,32 @@ class CoreScheduler(Scheduler):
         num_pages = num_cores + self._layout.num_pages(num_tokens) - num_passed
         if self.cache.num_available < num_pages + len(self.rows.sequences):
             return None
+        kept = self._allocate_below(sizes, num_tokens)
+        if kept is None:
+            return None
         pages = self.cache.pool.allocate(num_pages)
-        assert pages is not None and self._below is None
-        sequence.cores = CorePages(sizes, pages[:num_cores], [], num_passed)
+        assert pages is not None
+        sequence.cores = CorePages(sizes, pages[:num_cores], [], num_passed, kept)
         sequence.pages, sequence.num_computed, sequence.num_remembered = pages[num_cores:], 0, 0
-        return 0, pages
+        return 0, sequence.cores.lasting(sequence.pages, num_tokens, self._layout.page_size)
+
+    def take_over(self, sequence: Sequence) -> None:
+        cores, num_tokens = sequence.cores, sequence.num_tokens
+        assert cores is not None
+        pages = cores.lasting(sequence.pages, num_tokens, self._layout.page_size)
+        (self._below or self.cache.pool).note_arrived(pages, 0)
+        sequence.num_computed = num_tokens
 
     def remember(self, sequence: Sequence) -> None:
-        """Give back what a sequence whose tokens are all computed no longer needs; the name is the base class's."""
+        """Give back what a sequence whose tokens are all computed no longer needs; the name is the base class's.
+
+        What is sent to another worker stays where it is: also pages that have left the window, if they travel.
+        """
         cores = sequence.cores
         if cores is None or sequence.row >= 0 or sequence.num_computed < sequence.num_tokens:
             return
-        self._pass_pages(sequence, sequence.num_computed)
+        if self._below is None or sequence.active.export is None:
+            self._pass_pages(sequence, sequence.num_computed)
         self._release(cores.spare)
         cores.spare = []
 
@@ -160,11 +173,10 @@ class CoreScheduler(Scheduler):
 
     def _keep_below(self, sequence: Sequence, count: int) -> None:
         """Copy the first pages to the places that there are for them."""
-        cores, pool = sequence.cores, self.cache.pool
+        cores = sequence.cores
         if self._below is not None and count:
-            assert cores is not None and isinstance(pool, PagePool)
-            kept = cores.kept[cores.num_passed : cores.num_passed + count]
-            self._below.keep(pool, sequence.pages[:count], kept)
+            assert cores is not None
+            self._below.keep(sequence.pages[:count], cores.kept[cores.num_passed : cores.num_passed + count])
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         added = super()._add_chunk(chunks, sequence, min(budget, self._capacity.chunk_size))

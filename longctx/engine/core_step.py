@@ -3,14 +3,15 @@
 Shape legend: T tokens, B sequences, P pages of the longest table, R rows whose logits are wanted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from longctx.attention.batch import KeyRanges
-from longctx.attention.core_batch import CoreBatch, EndingGroups
+from longctx.attention.core_batch import CoreBatch, CoreSegment, EndingGroups, Kept
 from longctx.engine.core_rows import first_tokens, locate_entries
 from longctx.engine.sequence import Int64Array
 
@@ -34,6 +35,7 @@ class CoreStep:
     windows_B: Int64Array
     logit_rows_R: Int64Array
     core_stride: int = 1  # as in ``CoreCapacity``
+    kept_B: tuple[Kept, ...] = ()  # where groups are fetched: pages below that hold the passed ones, and more
 
     @property
     def row_T(self) -> Int64Array:
@@ -85,7 +87,29 @@ def lay_cores(step: CoreStep, upload: Upload, *, own: slice | None = None) -> Co
         far=far,
         ending=_find_ending(step, row_T, upload),
         num_cores_T=upload(num_cores_T[own], torch.int64),
+        segments=tuple(_list_segments(step, num_cores_T[own], borders, upload)) if step.core_stride > 1 else (),
     )
+
+
+def _list_segments(
+    step: CoreStep, num_cores_T: Int64Array, borders_B1: np.ndarray, upload: Upload
+) -> Iterator[CoreSegment]:
+    """Sequences with tokens here that see a core; ``num_cores_T`` is of these tokens, ``borders_B1`` theirs."""
+    num_pages_B = -(-step.kv_lens_B // step.page_size) - step.num_passed_B
+    for row, (start, stop) in enumerate(pairwise(borders_B1.tolist())):
+        num_cores = int(num_cores_T[stop - 1]) if stop > start else 0
+        if num_cores:
+            core_idx = np.arange(num_cores)
+            row_N = np.full_like(core_idx, row)
+            yield CoreSegment(
+                slice(start, stop),
+                int(step.group_sizes_B[row]),
+                upload(step.locate_cores(row_N, core_idx), torch.int64),
+                upload(step.locate_bounds(row_N, core_idx), torch.int64),
+                upload(step.tables_BP[row, : num_pages_B[row]], torch.int64),
+                int(step.num_passed_B[row]),
+                step.kept_B[row],
+            )
 
 
 def _find_ending(step: CoreStep, row_T: Int64Array, upload: Upload) -> tuple[EndingGroups, ...]:

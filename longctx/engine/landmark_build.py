@@ -82,7 +82,7 @@ def make_tiers(
         attention,
         layout,
         device=device,
-        max_context=max_context,
+        max_context=-(-max_context // (1 if shards is None else shards.group.world_size)),
         make_pool=make_pool,
         shards=shards,
         num_sharing=num_sharing,

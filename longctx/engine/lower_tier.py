@@ -32,6 +32,7 @@ def make_store(
     make_pool: Callable[[KVLayout, int], PagePool] | None = None,
     shards: ShardGroup | None = None,
     num_sharing: int = 1,
+    num_beside: int = 0,
 ) -> BlockStore:
     """A store.
 
@@ -39,18 +40,19 @@ def make_store(
         attention: where it is, and how large.
         layout: of its pages.
         device: that reads it.
-        max_context: tokens of a sequence at most.
+        max_context: tokens of a sequence that lie in it at most.
         make_pool: allocates host memory that a transport can send from.
         shards: ranks that have a store each, of as many pages; all of them call this.
         num_sharing: ranks on this machine.
+        num_beside: pages that it has places for besides, which no rank has to agree on.
 
     Raises:
         ConfigError: if there is no room.
     """
-    world_size = 1 if shards is None else shards.group.world_size
-    num_pages = _count_below(attention, layout, -(-max_context // world_size), num_sharing)
+    num_pages = _count_below(attention, layout, max_context, num_sharing, num_beside)
     if shards is not None:
         num_pages = shards.agree_on_pages(layout, num_pages)
+    num_pages += num_beside
     logger.info("%d blocks (%.1f GiB) in %s", num_pages, num_pages * layout.page_bytes / 2**30, attention.below)
     if attention.below == "file":
         return BlockStore(FilePool(layout, num_pages, _folder(attention)))
@@ -62,8 +64,10 @@ def make_store(
     return BlockStore(PagePool(layout, num_pages, storage=torch.zeros(shape, dtype=torch.uint8, pin_memory=True)))
 
 
-def _count_below(attention: AttentionConfig, layout: KVLayout, max_context: int, num_sharing: int) -> int:
-    free = _free_bytes(attention) // num_sharing
+def _count_below(
+    attention: AttentionConfig, layout: KVLayout, max_context: int, num_sharing: int, num_beside: int
+) -> int:
+    free = max(0, _free_bytes(attention) // num_sharing - num_beside * layout.page_bytes)
     budget = parse_budget(attention.blocks_bytes)
     if budget is None:
         budget = min(int(free * AUTO_SHARE), AUTO_CONTEXTS * layout.num_pages(max_context) * layout.page_bytes)

@@ -17,6 +17,7 @@ import torch
 from longctx.attention.backend import AttentionBackend, HeadNorm
 from longctx.attention.batch import AttentionShape, PackedBatch
 from longctx.attention.cca_paged import CoreAttention
+from longctx.attention.core_fetch import CoreFetch
 from longctx.models.attention_spec import CCASpec
 from longctx.models.rope import RotaryTable
 from memory.page_rows import read_rows, write_rows
@@ -46,15 +47,22 @@ class SharedCoreAttention(CoreAttention):
     """``CoreAttention`` of several ranks.
 
     Args:
-        base, rotary, spec: as there.
+        base, rotary, spec, fetch: as there.
         carrier: to the other ranks.
         timeout_s: longest wait for one of them.
     """
 
     def __init__(
-        self, base: AttentionBackend, rotary: RotaryTable, spec: CCASpec, carrier: Carrier, *, timeout_s: float
+        self,
+        base: AttentionBackend,
+        rotary: RotaryTable,
+        spec: CCASpec,
+        carrier: Carrier,
+        *,
+        timeout_s: float,
+        fetch: CoreFetch | None = None,
     ) -> None:
-        super().__init__(base, rotary, spec)
+        super().__init__(base, rotary, spec, fetch=fetch)
         self._carrier, self._timeout_s = carrier, timeout_s
 
     def prepare(

@@ -1,8 +1,6 @@
 """One rank under CCA attention: the same pages as every other, and its part of each step's tokens."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -10,55 +8,11 @@ import torch
 from longctx.engine.core_step import CoreStep, lay_cores
 from longctx.models.packed import PackedDecoder
 from longctx.shards.core_attention import CoreShare, CoreShareBatch, SharedCoreAttention
+from longctx.shards.core_rank_step import CoreRankStep, CoreStepReader
 from longctx.shards.exports import OwnPages, RankExports
-from longctx.shards.step import Segment
+from memory.lower_pages import LowerPages
 from memory.pages import PagePool
-
-_ARRAYS = tuple(field.name for field in fields(CoreStep) if field.name not in ("page_size", "core_stride"))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CoreRankStep:
-    """What rank 0 tells.
-
-    ``exports``: requests whose prompt ends in the step and is shipped. Rank 0 has all of it and ships it alone, but
-    every rank tells the receiver that it is done.
-    """
-
-    arrays: CoreStep
-    copies: tuple[tuple[int, int], ...] = ()  # of pages, made before
-    exports: tuple[str, ...] = ()
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """For ``RankExports``: no pages."""
-        nothing = np.zeros(0, dtype=np.int64)
-        return tuple(Segment(0, 0, 0, True, 0, name, nothing, nothing.astype(np.int32)) for name in self.exports)
-
-    def write(self) -> bytes:
-        """For ``CoreStepReader.read``."""
-        arrays = [np.ascontiguousarray(getattr(self.arrays, name), dtype="<i8") for name in _ARRAYS]
-        shapes = [array.shape for array in arrays]
-        head = json.dumps([self.arrays.page_size, shapes, self.copies, self.exports], separators=(",", ":")).encode()
-        head += b" " * (-len(head) % 8)
-        return len(head).to_bytes(8, "little") + head + b"".join(array.tobytes() for array in arrays)
-
-
-class CoreStepReader:
-    """The other ranks' side."""
-
-    def read(self, data: bytes) -> CoreRankStep:
-        """The inverse of ``CoreRankStep.write``."""
-        end = 8 + int.from_bytes(data[:8], "little")
-        page_size, shapes, copies, exports = json.loads(data[8:end])
-        numbers, place, arrays = np.frombuffer(data, dtype="<i8", offset=end), 0, []
-        for shape in shapes:
-            count = int(np.prod(shape))
-            arrays.append(numbers[place : place + count].reshape(shape))
-            place += count
-        return CoreRankStep(
-            CoreStep(page_size, *arrays), tuple((source, target) for source, target in copies), tuple(exports)
-        )
+from memory.same_pages import SamePages
 
 
 class CoreRank:
@@ -67,14 +21,17 @@ class CoreRank:
     Args:
         decoder: the model, its backend a ``SharedCoreAttention``.
         pool: this rank's pages.
+        below: what lies below them, where groups are fetched.
         rank, world_size: which of how many.
     """
 
-    def __init__(self, decoder: PackedDecoder, pool: PagePool, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, decoder: PackedDecoder, pool: PagePool, *, below: LowerPages | None = None, rank: int, world_size: int
+    ) -> None:
         assert isinstance(decoder.backend, SharedCoreAttention)
         self.decoder, self.pool, self.rank, self.world_size = decoder, pool, rank, world_size
         self.exports = RankExports(OwnPages(), pool)
-        self._attention = decoder.backend
+        self._attention, self._pages = decoder.backend, SamePages(pool, below)
 
     def make_reader(self) -> CoreStepReader:
         """Of what rank 0 tells."""
@@ -86,8 +43,7 @@ class CoreRank:
     ) -> tuple[torch.Tensor, list[list[int]]]:
         """As ``ShardRank.compute``."""
         if self.rank:  # rank 0 has made them when it scheduled
-            for source, target in step.copies:
-                self.pool.copy_page(source, target)
+            self._pages.repeat(step.copies)
         arrays = step.arrays
         borders = tuple(len(arrays.positions_T) * rank // self.world_size for rank in range(self.world_size + 1))
         owners = np.searchsorted(borders, arrays.logit_rows_R, side="right") - 1

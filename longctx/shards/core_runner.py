@@ -3,8 +3,10 @@
 from longctx.engine.core_rows import CoreRows
 from longctx.engine.core_runner import CoreRunner
 from longctx.engine.scheduler import Chunk
-from longctx.shards.core_rank import CoreRank, CoreRankStep
+from longctx.shards.core_rank import CoreRank
+from longctx.shards.core_rank_step import CoreRankStep
 from longctx.shards.runner import GroupRunner
+from memory.page_moves import PageMoves
 from parallel.gloo_group import GlooGroup
 
 
@@ -20,7 +22,7 @@ class CoreGroupRunner(GroupRunner):
         super().__init__(rank, group, timeout_s)
         self._rows = rows
         self._layout = CoreRunner(rank.decoder, rank.pool, rows=rows, device=rank.decoder.device)
-        self._copies = rank.pool.copies = []
+        self._moves = rank.pool.moves = PageMoves()
 
     def _make_step(self, chunks: list[Chunk]) -> tuple[CoreRankStep, bytes]:
         self._rows.locate_tokens()
@@ -29,6 +31,6 @@ class CoreGroupRunner(GroupRunner):
             for chunk in chunks
             if chunk.is_last and chunk.sequence.active.export is not None
         )
-        step = CoreRankStep(self._layout.lay_step(chunks)[1], tuple(self._copies), exports)
-        self._copies.clear()
+        copies, _ = self._moves.take()
+        step = CoreRankStep(self._layout.lay_step(chunks)[1], copies, exports)
         return step, step.write()

@@ -45,11 +45,6 @@ def test_a_request_may_name_its_sizes(folder):
     [
         (ClusterConfig(), replace(CCA, core_fetch=2), r"attention\.core_fetch=2 is not allowed with cluster\.num_pref"),
         (
-            ClusterConfig(num_prefill_workers=0, decode=DecodeConfig(sp_degree=2)),
-            replace(CCA, core_fetch=2),
-            r"cluster\.decode\.sp_degree=2 is not allowed with cca",
-        ),
-        (
             ClusterConfig(decode=DecodeConfig(sp_degree=2)),
             CCA,
             r"sp_degree=2 is not allowed with cca attention and cluster\.num_prefill_workers=1: KV arrives at one rank",

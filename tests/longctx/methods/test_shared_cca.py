@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from longctx.attention.config import AttentionConfig
-from longctx.errors import ConfigError
 from longctx.messages import SamplingParams
 from tests.longctx.engines import generate, hand_over, make_request, run
 from tests.longctx.methods.cca_model import CCAModel
@@ -59,15 +58,6 @@ def test_rank_0_ships_what_all_computed(folder):
     for delta in run(decode):
         tokens[delta.request_id, 0].extend(delta.token_ids)
     assert tokens == generate(alone, requests)
-
-
-def test_fetching_over_ranks_is_refused(folder):
-    method = replace(METHOD, core_fetch=2)
-    with (
-        pytest.raises(ConfigError, match="core_fetch=2 is not allowed on several ranks"),
-        sharded_engine(folder, 1, method=method, **SMALL),
-    ):
-        pass
 
 
 def test_a_long_sequence_takes_no_more_on_each_rank(folder):
