@@ -48,11 +48,6 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 def _check_method(config: ServeConfig, name: str) -> None:
     """Whether the deployment can be served with a method other than dense attention."""
     cluster = config.cluster
-    if cluster.num_prefill_workers and config.attention.core_fetch:
-        raise ConfigError(
-            f"attention.core_fetch={config.attention.core_fetch} is not allowed with cluster.num_prefill_workers="
-            f"{cluster.num_prefill_workers}: tokens that are fetched do not travel; cluster=colocated, or 0"
-        )
     if cluster.num_prefill_workers and config.attention.blocks == "file" and config.transport.name == "shared_memory":
         raise ConfigError(
             "transport.name=shared_memory is not allowed with attention.blocks=file: it sends from /dev/shm alone; "

@@ -213,6 +213,7 @@ class Worker(ABC):
             self.config.engine,
             attention=self.config.attention,
             make_pool=self._make_pool(),
+            ships=self.config.cluster.num_prefill_workers > 0,
         )
         if not self.ranks:
             return await self._build_engine(build)

@@ -38,8 +38,11 @@ class CorePages:
     def lasting(self, pages: list[int], num_tokens: int, page_size: int) -> list[int]:
         """All that the sequence is once ``num_tokens`` are computed, whose pages are ``pages``: what travels.
 
-        Pages of cores, then those of the tokens that the coming one sees, and of as many before as are in their first.
+        Pages of cores, then those of the tokens that the coming one sees, and of as many before as are in their first;
+        where groups are fetched, those of all tokens, wherever they are.
         """
+        if self.kept:
+            return self.cores + self.kept[: self.num_passed] + pages
         return self.cores + pages[self.sizes.first_token(num_tokens) // page_size - self.num_passed :]
 
 

@@ -43,6 +43,8 @@ class Stream(KVStream):
         self._pool = pool
         self._on_acked = on_acked
         self._on_failed = on_failed
+        last_idx = max(grant.page_idxs, default=-1)  # past the tokens' pages, where cores travel too
+        self._end = max(pool.layout.num_pages(grant.num_tokens), last_idx + 1)
         self._slots = {page_idx: slot for slot, page_idx in enumerate(grant.page_idxs)}
         self._lock = threading.Lock()
         self._open = True
@@ -106,9 +108,8 @@ class Stream(KVStream):
             return
         if min(pages) < 0 or max(pages) >= num_pages:
             raise ValueError(f"pages {list(pages)} are not in the pool; allowed: 0..{num_pages - 1}")
-        end = layout.num_pages(self.grant.num_tokens)
-        if max(page_idxs) >= end:
-            raise ValueError(f"page {max(page_idxs)} of the sequence is not in the grant, which ends at {end}")
+        if max(page_idxs) >= self._end:
+            raise ValueError(f"page {max(page_idxs)} of the sequence is not in the grant, which ends at {self._end}")
 
     def _order(self, order: Order) -> None:
         assert self.put is not None

@@ -17,7 +17,7 @@ from longctx.models.attention_spec import CCASpec
 from longctx.models.packed import PackedDecoder
 from memory.core_pages import CoreCapacity, CoreSizes
 from memory.lower_pages import LowerPages
-from memory.pages import PagePool
+from memory.pages import PageAllocator, PagePool
 from memory.prefix_cache import PrefixCache
 
 CHUNK_SHARE = 4  # a chunk takes at most 1/4 of the pool
@@ -74,7 +74,8 @@ class CoreMethod:
             sizes_of=self.sizes_of,
             below=below,
         )
-        self.ships_kv = below is None
+        self.ships_kv = below is None or below.ships
+        self.shipped: PageAllocator = below or pool
         self.runner: Runner
         if make_runner is not None:
             self.runner = make_runner(rows)

@@ -26,6 +26,7 @@ from longctx.errors import QueueFullError, RequestError
 from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
+from memory.lower_pages import LowerPages
 from memory.pages import PageAllocator, PagePool
 from memory.prefix_cache import PrefixCache
 from memory.tiered_pages import TieredPages
@@ -64,7 +65,7 @@ class Engine:
         self._rows, self._scheduler, self._runner = self._method.rows, self._method.scheduler, self._method.runner
         self._model_context, self.max_context = max_context, self._method.max_context
         self._sampler = Sampler(decoder.spec.vocab_size, decoder.device)
-        self._announcer = LayerAnnouncer(pool)
+        self._announcer = LayerAnnouncer(self._method.shipped)
         self._requests: dict[str, ActiveRequest] = {}  # added ones until they end or their export is done
         self._continuation = Continuation(self._scheduler, self._announcer, self._requests)
         self._reserved: dict[str, ActiveRequest] = {}
@@ -141,10 +142,7 @@ class Engine:
         active.num_cached_tokens = first.num_cached_tokens
         source = active.sequences[0]
         source.sampler = active.make_sampler(first.seed)
-        page_size, num_tokens = self.pool.layout.page_size, len(active.prompt)
-        num_found, source.num_computed = source.num_computed // page_size, num_tokens
-        self.pool.note_arrived(source.pages[num_found:], num_tokens // page_size - num_found)
-        self._scheduler.remember(source)
+        self._scheduler.take_over(source)
         logprobs = first.logprobs or [None] * params.n
         return self._continuation.begin(source, source.first_samplers(), first.token_ids, logprobs)
 
@@ -226,7 +224,8 @@ class Engine:
     @property
     def shipped_pool(self) -> PagePool:
         """The pages of this process, where transports find them; other ranks' are numbered in ``pool`` alone."""
-        return self.pool.below if isinstance(self.pool, TieredPages) else self._runner.pool
+        shipped = self._method.shipped
+        return shipped.below if isinstance(shipped, TieredPages | LowerPages) else self._runner.pool
 
     @property
     def runner(self) -> Runner:

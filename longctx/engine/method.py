@@ -11,7 +11,7 @@ from longctx.engine.sequence import INDEPENDENT, RopeLengths
 from longctx.errors import RequestError
 from longctx.messages import GenerationRequest
 from longctx.models.packed import PackedDecoder
-from memory.pages import PagePool
+from memory.pages import PageAllocator, PagePool
 from memory.prefix_cache import PrefixCache
 
 
@@ -23,6 +23,7 @@ class EngineMethod(Protocol):
     runner: Runner
     max_context: int  # tokens of prompt and output together that fit the model and the pool
     ships_kv: bool  # whether prompts may be computed elsewhere than they are continued
+    shipped: PageAllocator  # numbers what travels between workers, and is told of it
 
     def context_of(self, request: GenerationRequest) -> int:
         """``max_context`` for one request; raises ``RequestError`` for attention that it cannot have."""
@@ -51,7 +52,7 @@ class DenseMethod:
         max_context: int,
         make_runner: Callable[[DecodeRows], Runner] | None = None,
     ) -> None:
-        pool = cache.pool
+        self.shipped = pool = cache.pool
         page_size = pool.layout.page_size
         self.rows = DecodeRows(
             num_rows=2 * config.max_sequences,

@@ -136,6 +136,13 @@ class Scheduler:
         num_found = sequence.num_computed // self._layout.page_size
         return num_found, sequence.pages[num_found:]
 
+    def take_over(self, sequence: Sequence) -> None:
+        """The pages that were reserved hold the sequence's prompt."""
+        page_size, num_tokens = self._layout.page_size, sequence.num_tokens
+        num_found, sequence.num_computed = sequence.num_computed // page_size, num_tokens
+        self.cache.pool.note_arrived(sequence.pages[num_found:], num_tokens // page_size - num_found)
+        self.remember(sequence)
+
     def remember(self, sequence: Sequence) -> None:
         """Tell the prefix cache of the sequence's pages that became complete."""
         num_full, first = (sequence.num_computed // self._layout.page_size, sequence.num_remembered)

@@ -85,7 +85,9 @@ def make_prompt(seed: int, length: int) -> list[int]:
 
 def generate_alone(config: ServeConfig, requests: Sequence[GenerationRequest]) -> list[list[OutputDelta]]:
     """What one engine generates for each request: one delta a sequence. Nothing is shared between requests."""
-    engine = build_engine(config.model, dataclasses.replace(config.engine, prefix_cache=False, kv_bytes="4MiB"))
+    attention = dataclasses.replace(config.attention, blocks="near", blocks_bytes="auto")
+    engine_config = dataclasses.replace(config.engine, prefix_cache=False, kv_bytes="4MiB")
+    engine = build_engine(config.model, engine_config, attention=attention)
     outcomes = []
     for request in requests:
         engine.add(request)

@@ -1,7 +1,5 @@
 """CCA behind the endpoint: sizes by request, and deployments that it is not for."""
 
-from dataclasses import replace
-
 import httpx
 import pytest
 
@@ -43,7 +41,6 @@ def test_a_request_may_name_its_sizes(folder):
 @pytest.mark.parametrize(
     "cluster, attention, match",
     [
-        (ClusterConfig(), replace(CCA, core_fetch=2), r"attention\.core_fetch=2 is not allowed with cluster\.num_pref"),
         (
             ClusterConfig(decode=DecodeConfig(sp_degree=2)),
             CCA,

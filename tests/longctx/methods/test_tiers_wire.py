@@ -53,10 +53,12 @@ def make_engine(
 class Wire:
     """A prefill engine, a decode engine and a transport between them."""
 
-    def __init__(self, folder, name, prefill_blocks, decode_blocks, *, decode_options=None, **options):
+    def __init__(
+        self, folder, name, prefill_blocks, decode_blocks, *, decode_options=None, make=make_engine, **options
+    ):
         transport = TRANSPORTS.get(name)
-        self.prefill = make_engine(folder, prefill_blocks, make_pool=transport.allocate, **options)
-        self.decode = make_engine(folder, decode_blocks, **(options | (decode_options or {})))
+        self.prefill = make(folder, prefill_blocks, make_pool=transport.allocate, **options)
+        self.decode = make(folder, decode_blocks, **(options | (decode_options or {})))
         self.events = queue.Queue()
         self.receiver = transport.make_receiver(
             self.decode.shipped_pool,

@@ -1,0 +1,76 @@
+"""CCA that fetches groups, prefill and decode apart: the answers of one engine, and nothing stays taken."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from longctx.attention.config import AttentionConfig
+from tests.cluster.small_cluster import generate_alone, make_config, make_prompt, start_cluster, wait_until
+from tests.longctx.engines import GREEDY, make_request
+from tests.tiny_checkpoints import make_checkpoint
+
+PAGE_BYTES = 8192
+LENGTHS = (1, 16, 65, 200, 700)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def fetch_config(folder, blocks, *, num_near=200, num_below=100, core_fetch=2, **options):
+    """A window of 8 tokens near, the rest below."""
+    config = make_config(folder, attention="native", kv_bytes=str(num_near * PAGE_BYTES), **options)
+    below = {"blocks": blocks, "blocks_bytes": str(num_below * PAGE_BYTES)} if core_fetch else {}
+    return replace(config, attention=AttentionConfig("cca", group_size=4, window=8, core_fetch=core_fetch, **below))
+
+
+async def check_below(cluster):
+    """Nothing is held below at any worker."""
+
+    def is_free():
+        below = [worker.engine._scheduler._below for worker in cluster.workers.values()]
+        return all(pages.num_free == pages.num_pages and not any(pages.refcounts) for pages in below if pages)
+
+    await cluster.wait_until_free()
+    await wait_until(is_free, 2.0)
+
+
+@pytest.mark.parametrize(("transport", "blocks"), [("shared_memory", "host"), ("tcp", "host"), ("auto", "file")])
+def test_apart_equals_one_engine(folder, transport, blocks):
+    config = fetch_config(folder, blocks, transport=transport, num_prefill=2)
+    requests = [make_request(f"r{n}", make_prompt(n, n)) for n in LENGTHS]
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            answers, again = await cluster.answer_twice(requests)
+            await check_below(cluster)
+            return answers, again, [cluster.num_shipped(name) for name in ("prefill-0", "prefill-1")]
+
+    answers, again, num_shipped = asyncio.run(scenario())
+    expected = generate_alone(config, requests)
+    assert answers == expected
+    assert [[d.token_ids for d in answer] for answer in again] == [[d.token_ids for d in e] for e in expected]
+    assert all(num_shipped)
+
+
+def test_many_at_once_with_little_room_below(folder):
+    """Some wait for room, some are preempted, one is given up on its way."""
+    config = fetch_config(folder, "host", transport="shared_memory", num_below=40)
+    params = replace(GREEDY, max_tokens=64)
+    requests = [make_request(f"r{n}", make_prompt(n, 40 + 50 * n), replace(params, n=1 + n % 2)) for n in range(5)]
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            given_up = asyncio.create_task(cluster.answer(make_request("given-up", make_prompt(99, 600), params)))
+            tasks = [asyncio.create_task(cluster.answer(request)) for request in requests]
+            await asyncio.sleep(0.3)
+            given_up.cancel()
+            answers = await asyncio.gather(*tasks)
+            await check_below(cluster)
+            return answers, [await cluster.stats(name) for name in cluster.workers]
+
+    answers, stats = asyncio.run(scenario())
+    assert answers == generate_alone(config, requests)
+    assert sum(each.num_preemptions for each in stats) > 0
