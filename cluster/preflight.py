@@ -30,9 +30,8 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
-    method = choose_method(config.attention, spec)
-    if method is not None:
-        _check_method(config, method.name)
+    choose_method(config.attention, spec)
+    _check_transport(config)
     load_keys(config.server)
     config = _check_ranks(config)
     if config.ray.address is None:
@@ -45,18 +44,13 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     return config, model
 
 
-def _check_method(config: ServeConfig, name: str) -> None:
-    """Whether the deployment can be served with a method other than dense attention."""
-    cluster = config.cluster
-    if cluster.num_prefill_workers and config.attention.blocks == "file" and config.transport.name == "shared_memory":
+def _check_transport(config: ServeConfig) -> None:
+    """Whether what lies below can be sent."""
+    apart, blocks = config.cluster.num_prefill_workers > 0, config.attention.blocks
+    if apart and blocks == "file" and config.transport.name == "shared_memory":
         raise ConfigError(
             "transport.name=shared_memory is not allowed with attention.blocks=file: it sends from /dev/shm alone; "
             "tcp or auto, or attention.blocks=host"
-        )
-    if name == "cca" and cluster.num_prefill_workers and cluster.decode.sp_degree > 1:
-        raise ConfigError(
-            f"cluster.decode.sp_degree={cluster.decode.sp_degree} is not allowed with {name} attention and "
-            f"cluster.num_prefill_workers={cluster.num_prefill_workers}: KV arrives at one rank; 1 or cluster=colocated"
         )
 
 

@@ -254,8 +254,7 @@ def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
 
 def _make_core_rank(parts: _Parts, shards: ShardGroup) -> CoreRank:
     assert isinstance(parts.pages, PagePool)
-    group = shards.group
-    return CoreRank(parts.decoder, parts.pages, below=parts.below, rank=group.rank, world_size=group.world_size)
+    return CoreRank(parts.decoder, parts.pages, below=parts.below, group=shards.group, timeout_s=shards.timeout_s)
 
 
 def choose_device(name: str) -> torch.device:

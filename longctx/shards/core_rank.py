@@ -1,18 +1,23 @@
 """One rank under CCA attention: the same pages as every other, and its part of each step's tokens."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import torch
 
 from longctx.engine.core_step import CoreStep, lay_cores
 from longctx.models.packed import PackedDecoder
-from longctx.shards.core_attention import CoreShare, CoreShareBatch, SharedCoreAttention
+from longctx.shards.core_attention import SHARE_TAG, CoreShare, CoreShareBatch, SharedCoreAttention
 from longctx.shards.core_rank_step import CoreRankStep, CoreStepReader
 from longctx.shards.exports import OwnPages, RankExports
 from memory.lower_pages import LowerPages
 from memory.pages import PagePool
 from memory.same_pages import SamePages
+from parallel.carrier import Carrier, Message, finish
+
+HANDED_TAG = SHARE_TAG + 1
+HANDED_BYTES = 16 << 20  # of one message
 
 
 class CoreRank:
@@ -22,14 +27,22 @@ class CoreRank:
         decoder: the model, its backend a ``SharedCoreAttention``.
         pool: this rank's pages.
         below: what lies below them, where groups are fetched.
-        rank, world_size: which of how many.
+        group: all ranks, in host memory.
+        timeout_s: longest wait for one of them.
     """
 
     def __init__(
-        self, decoder: PackedDecoder, pool: PagePool, *, below: LowerPages | None = None, rank: int, world_size: int
+        self,
+        decoder: PackedDecoder,
+        pool: PagePool,
+        *,
+        below: LowerPages | None = None,
+        group: Carrier,
+        timeout_s: float,
     ) -> None:
         assert isinstance(decoder.backend, SharedCoreAttention)
-        self.decoder, self.pool, self.rank, self.world_size = decoder, pool, rank, world_size
+        self.decoder, self.pool, self.rank, self.world_size = decoder, pool, group.rank, group.world_size
+        self._group, self._timeout_s = group, timeout_s
         self.exports = RankExports(OwnPages(), pool)
         self._attention, self._pages = decoder.backend, SamePages(pool, below)
 
@@ -44,6 +57,7 @@ class CoreRank:
         """As ``ShardRank.compute``."""
         if self.rank:  # rank 0 has made them when it scheduled
             self._pages.repeat(step.copies)
+        self._hand_over(step.arrived)
         arrays = step.arrays
         borders = tuple(len(arrays.positions_T) * rank // self.world_size for rank in range(self.world_size + 1))
         owners = np.searchsorted(borders, arrays.logit_rows_R, side="right") - 1
@@ -57,6 +71,21 @@ class CoreRank:
             if on_layer is not None:
                 on_layer(shape.layer_idx)
         return self.decoder.no_hidden(), rows_of
+
+    def _hand_over(self, pages: Sequence[int]) -> None:
+        """Rank 0 sends these as they are to all others, some of one layer at a time."""
+        block_bytes = self.pool.layout.block_bytes
+        size = max(1, HANDED_BYTES // block_bytes)
+        parts = [pages[start : start + size] for start in range(0, len(pages), size)]
+        for layer_idx, part in product(range(self.pool.layout.num_layers), parts):
+            if self.rank == 0:
+                blocks = self._pages.read(layer_idx, part).view(-1)
+                sends = [Message(blocks, peer, HANDED_TAG) for peer in range(1, self.world_size)]
+                finish(self._group.post(sends, [])[0], self.rank, self._timeout_s)
+            else:
+                blocks = torch.empty(len(part) * block_bytes, dtype=torch.uint8)
+                finish(self._group.post([], [Message(blocks, 0, HANDED_TAG)])[1], self.rank, self._timeout_s)
+                self._pages.write(layer_idx, part, blocks.view(len(part), -1))
 
     def _lay_out(
         self, step: CoreStep, borders: Sequence[int], on_layer: Callable[[int], None] | None

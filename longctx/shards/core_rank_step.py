@@ -23,6 +23,7 @@ class CoreRankStep:
 
     arrays: CoreStep
     copies: tuple[tuple[int, int], ...] = ()  # of pages, near and below, made before; as ``memory/page_moves.py`` says
+    arrived: tuple[int, ...] = ()  # pages that rank 0 hands over afterwards, ascending
     exports: tuple[str, ...] = ()
 
     @property
@@ -39,7 +40,7 @@ class CoreRankStep:
             np.asarray(kept[:count], dtype="<i8") for kept, count in zip(step.kept_B, step.num_passed_B, strict=False)
         ]
         shapes = [array.shape for array in arrays]
-        told = [step.page_size, step.core_stride, shapes, self.copies, self.exports]
+        told = [step.page_size, step.core_stride, shapes, self.copies, self.arrived, self.exports]
         head = json.dumps(told, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
         return len(head).to_bytes(8, "little") + head + b"".join(array.tobytes() for array in (*arrays, *passed))
@@ -51,7 +52,7 @@ class CoreStepReader:
     def read(self, data: bytes) -> CoreRankStep:
         """The inverse of ``CoreRankStep.write``, but for places below that no page has gone to yet."""
         end = 8 + int.from_bytes(data[:8], "little")
-        page_size, core_stride, shapes, copies, exports = json.loads(data[8:end])
+        page_size, core_stride, shapes, copies, arrived, exports = json.loads(data[8:end])
         numbers, place, arrays = np.frombuffer(data, dtype="<i8", offset=end), 0, []
         for shape in shapes:
             count = int(np.prod(shape))
@@ -62,4 +63,5 @@ class CoreStepReader:
             num_passed_B = arrays[_ARRAYS.index("num_passed_B")]
             kept_B = tuple(np.split(numbers[place:], np.cumsum(num_passed_B)[:-1]))
         step = CoreStep(page_size, *arrays, core_stride=core_stride, kept_B=kept_B)
-        return CoreRankStep(step, tuple((source, target) for source, target in copies), tuple(exports))
+        pairs = tuple((source, target) for source, target in copies)
+        return CoreRankStep(step, pairs, tuple(arrived), tuple(exports))

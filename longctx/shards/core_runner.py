@@ -31,6 +31,5 @@ class CoreGroupRunner(GroupRunner):
             for chunk in chunks
             if chunk.is_last and chunk.sequence.active.export is not None
         )
-        copies, _ = self._moves.take()
-        step = CoreRankStep(self._layout.lay_step(chunks)[1], copies, exports)
+        step = CoreRankStep(self._layout.lay_step(chunks)[1], *self._moves.take(), exports)
         return step, step.write()

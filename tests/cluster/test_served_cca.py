@@ -1,13 +1,9 @@
-"""CCA behind the endpoint: sizes by request, and deployments that it is not for."""
+"""CCA behind the endpoint: sizes by request."""
 
 import httpx
 import pytest
 
-from cluster.config import ClusterConfig, DecodeConfig, ServeConfig
-from cluster.preflight import check
 from longctx.attention.config import AttentionConfig
-from longctx.errors import ConfigError
-from longctx.models.config import ModelConfig
 from tests.local_server import MODEL_NAME, check_error, serve
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -36,18 +32,3 @@ def test_a_request_may_name_its_sizes(folder):
         refused = client.post("/v1/completions", json=body | {"attention": {"group_size": 16}})
         assert "attention.window=8" in check_error(refused, 400, param="attention", code=None)
         assert server.engine.stats().num_pages_used == 0
-
-
-@pytest.mark.parametrize(
-    "cluster, attention, match",
-    [
-        (
-            ClusterConfig(decode=DecodeConfig(sp_degree=2)),
-            CCA,
-            r"sp_degree=2 is not allowed with cca attention and cluster\.num_prefill_workers=1: KV arrives at one rank",
-        ),
-    ],
-)
-def test_deployments_that_it_is_not_for_are_refused(folder, cluster, attention, match):
-    with pytest.raises(ConfigError, match=match):
-        check(ServeConfig(model=ModelConfig(path=str(folder)), cluster=cluster, attention=attention))

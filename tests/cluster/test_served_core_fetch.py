@@ -55,6 +55,33 @@ def test_apart_equals_one_engine(folder, transport, blocks):
     assert all(num_shipped)
 
 
+@pytest.mark.parametrize(
+    ("prefill_ranks", "decode_ranks", "transport", "blocks", "core_fetch"),
+    [
+        (2, 2, "shared_memory", "host", 2),
+        pytest.param(1, 2, "tcp", "file", 2, marks=pytest.mark.slow),
+        pytest.param(2, 1, "auto", "file", 2, marks=pytest.mark.slow),
+        pytest.param(1, 2, "tcp", "near", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_on_either_side(folder, prefill_ranks, decode_ranks, transport, blocks, core_fetch):
+    """Rank 0 sends, rank 0 receives and hands over; forks of what arrived, all at once."""
+    ranks = {"prefill_ranks": prefill_ranks, "decode_ranks": decode_ranks}
+    config = fetch_config(folder, blocks, transport=transport, core_fetch=core_fetch, **ranks)
+    params = replace(GREEDY, max_tokens=20, n=2)
+    requests = [make_request(f"r{n}", make_prompt(n, n), params) for n in (1, 65, 400)]
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            answers = await asyncio.gather(*map(cluster.answer, requests))
+            await check_below(cluster)
+            return answers, cluster.num_shipped()
+
+    answers, num_shipped = asyncio.run(scenario())
+    assert answers == generate_alone(config, requests)
+    assert num_shipped > 0
+
+
 def test_many_at_once_with_little_room_below(folder):
     """Some wait for room, some are preempted, one is given up on its way."""
     config = fetch_config(folder, "host", transport="shared_memory", num_below=40)

@@ -16,7 +16,12 @@ MAX_STEPS = 20_000
 
 
 def make_engine(
-    folder: Path, *, num_pages: int | None = None, method: AttentionConfig | None = None, **options: Any
+    folder: Path,
+    *,
+    num_pages: int | None = None,
+    method: AttentionConfig | None = None,
+    ships: bool = False,
+    **options: Any,
 ) -> Engine:
     """An engine on the CPU; ``num_pages`` limits the pool, the rest are fields of either configuration."""
     model_options = {name: options.pop(name) for name in ("attention", "max_context") if name in options}
@@ -25,7 +30,7 @@ def make_engine(
     if num_pages is not None:
         probe = build_engine(model_config, EngineConfig(**options), attention=method)
         options["kv_bytes"] = str(num_pages * probe.pool.layout.page_bytes)
-    return build_engine(model_config, EngineConfig(**options), attention=method)
+    return build_engine(model_config, EngineConfig(**options), attention=method, ships=ships)
 
 
 def make_request(

@@ -16,7 +16,9 @@ TIMEOUT_S = 60.0
 
 
 @contextmanager
-def sharded_engine(folder, world_size, *, plan="auto", method=None, timeout_s=TIMEOUT_S, ends_well=True, **options):
+def sharded_engine(
+    folder, world_size, *, plan="auto", method=None, timeout_s=TIMEOUT_S, ends_well=True, ships=False, **options
+):
     """Rank 0's engine; the others follow until the block ends. ``engine.lose_rank`` ends one as a dead process does.
 
     ``engine.parts`` are the ranks.
@@ -46,7 +48,7 @@ def sharded_engine(folder, world_size, *, plan="auto", method=None, timeout_s=TI
     starters = [threading.Thread(target=start, args=(rank,)) for rank in range(1, world_size)]
     for starter in starters:
         starter.start()
-    engine = build_engine(model_config, config, attention=method, shards=make_shards(0))
+    engine = build_engine(model_config, config, attention=method, shards=make_shards(0), ships=ships)
     for starter in starters:
         starter.join()
     assert not failures, failures

@@ -6,7 +6,7 @@ import pytest
 
 from longctx.attention.config import AttentionConfig
 from longctx.messages import SamplingParams
-from tests.longctx.engines import generate, hand_over, make_request, run
+from tests.longctx.engines import generate, hand_over, make_engine, make_request, run
 from tests.longctx.methods.cca_model import CCAModel
 from tests.longctx.methods.test_cca_engine import PARAMS, SMALL, SPEC, cca_engine, make_prompt, with_sizes
 from tests.longctx.methods.test_cca_engine import check as check_with_model
@@ -58,6 +58,39 @@ def test_rank_0_ships_what_all_computed(folder):
     for delta in run(decode):
         tokens[delta.request_id, 0].extend(delta.token_ids)
     assert tokens == generate(alone, requests)
+
+
+@pytest.mark.parametrize("core_fetch", [0, 2])
+def test_what_arrives_at_rank_0_is_handed_to_all(folder, core_fetch):
+    """Forks of it, of which one may end at once, pages that others had before, and a request that is given up."""
+    method = replace(METHOD, core_fetch=core_fetch)
+    pool = {"attention": "native", **SMALL}
+    prefill, alone = (
+        make_engine(folder, method=method, ships=ships, **pool | {"kv_bytes": "4MiB"}) for ships in (True, False)
+    )
+    params = replace(PARAMS, temperature=1.0, seed=1, n=2, max_tokens=20, logprobs=None)
+    requests = [make_request(str(n), make_prompt(n), params) for n in (4, 61, 203, 110)]
+    tokens = {}
+
+    def take(deltas):
+        for delta in deltas:
+            tokens.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
+
+    layout = alone.pool.layout
+    options = SMALL | {"kv_bytes": str(70 * layout.page_bytes)}
+    with sharded_engine(folder, 2, method=method, ships=True, attention="native", **options) as decode:
+        for request in (*requests, make_request("gone", make_prompt(90), params)):
+            export = hand_over(prefill, decode, request)
+            run(prefill)
+            prefill.export_done(request.request_id)
+            take(decode.attach(request.request_id, export.first))
+            if request.request_id == "gone":
+                decode.cancel("gone")
+            take(decode.step())
+        take(run(decode))
+        assert decode.stats().num_pages_used == prefill.stats().num_pages_used == 0
+    expected = generate(alone, requests)
+    assert {name: own for name, own in tokens.items() if name[0] != "gone"} == expected
 
 
 def test_a_long_sequence_takes_no_more_on_each_rank(folder):
