@@ -5,7 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.config import ClusterConfig, DecodeConfig, PrefillConfig, ServeConfig
+from cluster.preflight import check
 from longctx.attention.config import AttentionConfig
+from longctx.errors import ConfigError
+from longctx.models.config import ModelConfig
+from memory.config import TransportConfig
 from tests.cluster.small_cluster import generate_alone, make_config, make_prompt, start_cluster, wait_until
 from tests.longctx.engines import GREEDY, make_request
 from tests.tiny_checkpoints import make_checkpoint
@@ -101,3 +106,20 @@ def test_many_at_once_with_little_room_below(folder):
     answers, stats = asyncio.run(scenario())
     assert answers == generate_alone(config, requests)
     assert sum(each.num_preemptions for each in stats) > 0
+
+
+def test_deployments_that_are_refused(folder):
+    def served(blocks="near", *, blocks_bytes="auto", prefill_ranks=1, decode_ranks=1, **transport):
+        attention = AttentionConfig("cca", core_fetch=2, blocks=blocks, blocks_bytes=blocks_bytes)
+        ranks = ClusterConfig(prefill=PrefillConfig(prefill_ranks), decode=DecodeConfig(decode_ranks))
+        model = ModelConfig(path=str(folder))
+        check(ServeConfig(model, transport=TransportConfig(**transport), cluster=ranks, attention=attention))
+
+    served(name="shared_memory")
+    served("file", prefill_ranks=2, decode_ranks=2)
+    served("file", blocks_bytes="99999GiB")
+    with pytest.raises(ConfigError, match=r"transport\.name=shared_memory is not allowed with attention\.blocks=file"):
+        served("file", name="shared_memory")
+    for blocks in ("near", "host"):
+        with pytest.raises(ConfigError, match=r"attention\.blocks_bytes=99999GiB for each of 3 processes is more than"):
+            served(blocks, blocks_bytes="99999GiB", prefill_ranks=2)

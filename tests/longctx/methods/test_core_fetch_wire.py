@@ -12,7 +12,7 @@ from tests.longctx.engines import GREEDY, collect, make_request, run
 from tests.longctx.methods.test_cca_engine import SPEC, make_prompt, with_sizes
 from tests.longctx.methods.test_core_fetch import check_kept
 from tests.longctx.methods.test_landmark_inference import record_logits
-from tests.longctx.methods.test_tiers_wire import make_wire
+from tests.longctx.methods.test_tiers_wire import WAIT_S, make_wire
 from tests.tiny_checkpoints import make_checkpoint
 
 NUM_TOKENS = 12
@@ -25,12 +25,13 @@ def folder(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def make_engine(folder, blocks, *, num_near=100, num_below=200, dtype="float32", make_pool=None, ships=True, **options):
+def make_engine(
+    folder, blocks, *, num_near=100, num_below=200, dtype="float32", make_pool=None, ships=True, core_fetch=2, **options
+):
     model, page_bytes = ModelConfig(path=str(folder), device="cpu", dtype=dtype), PAGE_BYTES[dtype]
-    method = AttentionConfig(
-        "cca", group_size=SPEC.group_size, window=SPEC.window, core_fetch=2, blocks=blocks,
-        blocks_bytes=str(num_below * page_bytes),
-    )  # fmt: skip
+    method = AttentionConfig("cca", group_size=SPEC.group_size, window=SPEC.window, core_fetch=core_fetch)
+    if core_fetch:
+        method = replace(method, blocks=blocks, blocks_bytes=str(num_below * page_bytes))
     options = {"num_threads": 1, "max_batch_tokens": 48, "max_sequences": 8, "page_size": 16} | options
     config = EngineConfig(kv_bytes=str(num_near * page_bytes), **options)
     engine = build_engine(model, config, attention=method, make_pool=make_pool, ships=ships)
@@ -87,6 +88,16 @@ def test_bytes_are_dense_kv_cores_and_bounds(folder):
         check_below(wire)
 
 
+@pytest.mark.parametrize("core_fetch", [0, 2])
+def test_prompts_within_their_window_travel(folder, core_fetch):
+    """All their tokens and cores: more pages than the tokens have."""
+    with fetch_wire(folder, core_fetch=core_fetch) as wire:
+        request = make_request("r", make_prompt(48), with_sizes(4, 64, PARAMS))
+        wire.ship(request)
+        assert wire.sender.bytes_shipped == (3 + (1 + (core_fetch > 0))) * PAGE_BYTES["float32"]
+        run(wire.decode)
+
+
 def test_forks_and_preemption_go_on_from_what_arrived(folder):
     prompts = [make_prompt(100, seed=seed) for seed in range(4)]
     params = [replace(GREEDY, max_tokens=50, n=1 + (idx == 0)) for idx in range(len(prompts))]
@@ -124,6 +135,20 @@ def test_an_arrival_that_is_given_up_is_computed_here(folder, transport, blocks)
         wire.decode.add(request)
         assert collect(run(wire.decode)) == expected
         assert wire.events.empty()
+
+
+def test_a_sender_that_is_lost_leaves_nothing_taken(folder):
+    request = make_request("r", make_prompt(400), PARAMS)
+    with fetch_wire(folder) as wire:
+        wire.begin(request)
+        for _ in range(3):
+            wire.prefill.step()
+        wire.sender.close()
+        request_id, reason = wire.events.get(timeout=WAIT_S)
+        assert request_id == "r" and isinstance(reason, str)
+        wire.decode.release_reservation("r")
+        wire.prefill.cancel("r")
+        check_below(wire)
 
 
 def test_without_room_below_nothing_is_reserved(folder):
