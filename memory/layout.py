@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ORDERS = ("hnd", "nhd", "paired")
+MIN_CACHE = 16  # blocks of a layer that fit near at least, where pages lie below
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,8 @@ import torch
 
 from memory.block_store import BlockStore, put_blocks
 from memory.landmark_keys import make_landmark_table
-from memory.layout import KVLayout
+from memory.layout import MIN_CACHE, KVLayout
 from memory.pages import PageAllocator, PagePool
-
-MIN_CACHE = 16  # blocks of a layer that fit near at least
 
 
 class TieredPages(PageAllocator):

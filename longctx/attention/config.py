@@ -16,6 +16,7 @@ DEFAULT_CCA = CCASpec(group_size=16, window=1024)  # of a checkpoint that was no
 CORE_OPTIONS = ("group_size", "window", "core_fetch")
 LANDMARK_OPTIONS = ("top_k", "retrieval", "skip_below")
 TIER_OPTIONS = ("blocks", "blocks_bytes", "blocks_folder")
+BELOW_CONTEXTS, BELOW_SHARE = 2, 0.5  # blocks_bytes=auto: full contexts, at most that share of what is free
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # RoPE types
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from parallel.option import option, parse_budget
 
+KV_SHARES = {"cpu": 0.3, "cuda": 0.8}  # kv_bytes=auto: of what is available (workers share it), or free after weights
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:

@@ -10,6 +10,7 @@ from longctx.attention.landmark_paged import LandmarkAttention
 from longctx.attention.landmark_retrieval import Retrieval
 from longctx.attention.torch_paged import TorchPagedAttention
 from longctx.engine.config import EngineConfig
+from longctx.engine.context_plan import count_staging
 from longctx.engine.lower_tier import make_store
 from longctx.engine.rows import DecodeRows
 from longctx.engine.runner import ModelRunner
@@ -19,10 +20,10 @@ from longctx.models.packed import PackedDecoder
 from longctx.shards.group import ShardGroup
 from longctx.shards.landmarks import ShardedLandmarks
 from memory.landmark_keys import LandmarkKeys
-from memory.layout import KVLayout
+from memory.layout import MIN_CACHE, KVLayout
 from memory.pages import PagePool
 from memory.rank_tiers import RankTiers
-from memory.tiered_pages import MIN_CACHE, TieredPages
+from memory.tiered_pages import TieredPages
 from parallel.carrier import Carrier
 
 
@@ -70,8 +71,8 @@ def make_tiers(
     if attention.blocks == "near":
         return None
     share = "" if shards is None else f"{shards.group.world_size} "
-    engine = engine if shards is None else shards.widen(engine)
-    num_staging = -(-engine.max_batch_tokens // layout.page_size) + 2 * engine.max_sequences
+    sp_degree = 1 if shards is None else shards.group.world_size
+    num_staging = count_staging(engine, layout.page_size, sp_degree=sp_degree)
     if num_near < num_staging + MIN_CACHE:
         raise ConfigError(
             f"engine.kv_bytes={engine.kv_bytes} is not allowed: {num_staging + MIN_CACHE} pages of {layout.page_bytes} "

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from longctx.attention.config import AttentionConfig
+from longctx.attention.config import BELOW_CONTEXTS, BELOW_SHARE, AttentionConfig
 from longctx.errors import ConfigError
 from longctx.shards.group import ShardGroup
 from memory.block_store import BlockStore, FilePool
@@ -18,9 +18,6 @@ from memory.pages import PagePool
 from parallel.option import parse_budget
 
 logger = logging.getLogger(__name__)
-
-AUTO_CONTEXTS = 2  # that fit below, if nothing is said
-AUTO_SHARE = 0.5  # of what is free, at most
 
 
 def make_store(
@@ -70,7 +67,7 @@ def _count_below(
     free = max(0, _free_bytes(attention) // num_sharing - num_beside * layout.page_bytes)
     budget = parse_budget(attention.blocks_bytes)
     if budget is None:
-        budget = min(int(free * AUTO_SHARE), AUTO_CONTEXTS * layout.num_pages(max_context) * layout.page_bytes)
+        budget = min(int(free * BELOW_SHARE), BELOW_CONTEXTS * layout.num_pages(max_context) * layout.page_bytes)
     elif budget > free:
         raise ConfigError(
             f"attention.blocks_bytes={attention.blocks_bytes} is not allowed: {free / 2**30:.1f} GiB are free"

@@ -8,15 +8,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from longctx.engine.config import EngineConfig
+from longctx.engine.config import KV_SHARES, EngineConfig
 from longctx.errors import ConfigError
 from memory.layout import KVLayout
 from parallel.option import parse_budget
 
 logger = logging.getLogger(__name__)
 
-CPU_MEMORY_SHARE = 0.3  # of what is available; several workers may share the machine
-GPU_MEMORY_SHARE = 0.8  # of what is free after the weights; the rest is for activations and graphs
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USAGE = Path("/sys/fs/cgroup/memory.current")
 
@@ -50,7 +48,7 @@ def count_pages(
     budget = parse_budget(config.kv_bytes)
     is_auto = budget is None
     if budget is None:
-        share = CPU_MEMORY_SHARE / num_sharing if device.type == "cpu" else GPU_MEMORY_SHARE
+        share = KV_SHARES[device.type] / (num_sharing if device.type == "cpu" else 1)
         budget = available_bytes(device, share=share)
     elif device.type == "cpu" and budget > available_bytes(device, share=1.0):
         raise ConfigError(

@@ -50,6 +50,11 @@ def choose_dtype(name: str, device_type: str) -> str:
     return "float32" if _is_slow(device_type) else "bfloat16"
 
 
+def choose_product_dtype(dtype: str, device_type: str) -> str:
+    """What an engine's linear layers multiply in (``longctx/models/linear.py``)."""
+    return "float32" if dtype == "bfloat16" and _is_slow(device_type) else dtype
+
+
 def warn_of_slow_products(dtype: str, device_type: str) -> None:
     """Say so if torch multiplies ``dtype`` slowly on a device: bfloat16, on a CPU that has float32 only."""
     if dtype == "bfloat16" and _is_slow(device_type):

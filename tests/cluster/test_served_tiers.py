@@ -11,7 +11,7 @@ from longctx.attention.config import AttentionConfig
 from longctx.errors import ConfigError
 from longctx.models.config import ModelConfig
 from memory.config import TransportConfig
-from memory.tiered_pages import MIN_CACHE
+from memory.layout import MIN_CACHE
 from tests.cluster.small_cluster import generate_alone, make_config, make_prompt, start_cluster
 from tests.longctx.engines import GREEDY, make_request
 from tests.tiny_checkpoints import make_checkpoint

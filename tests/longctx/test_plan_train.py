@@ -1,4 +1,4 @@
-"""``longctx plan train`` and ``longctx plan serve``: what they print, and say where something does not fit."""
+"""``longctx plan train``: what it prints, and says where something does not fit."""
 
 import re
 
@@ -68,29 +68,3 @@ def test_mistakes_are_named(capsys, words, reason):
     code, output, errors = run(capsys, "plan", "train", "machine.memory=4GiB", *words)
     assert (code, output) == (2, "")
     assert reason in errors
-
-
-def test_a_deployment(capsys):
-    code, output, _ = run(capsys, "plan", "serve", "machine.memory=4GiB", "engine.kv_bytes=256MiB")
-    assert code == 0
-    tokens = 256 * 2**20 // (2 * 4 * 2 * 64 * 2)
-    assert output.count(f"a worker holds {tokens:,} tokens") == 2
-    assert "a prompt of 65,536 tokens takes at least" in output
-    kv = 65536 * 2048 + 2 * 3_018_496  # a sequence's KV and the weights
-    assert f"65,536   1          {kv / 2e10 * 1e3:.3g}" in output
-
-
-def test_a_deployment_that_is_too_large(capsys):
-    words = ("plan", "serve", "machine.memory=512MiB", "engine.kv_bytes=100MiB")
-    code, output, _ = run(capsys, *words)
-    assert code == 1
-    assert "does not fit into 0.5 GiB" in output
-    (advice,) = [line for line in output.splitlines() if line.startswith("what would hold")]
-    changes = advice.partition(": ")[2].split()
-    assert run(capsys, *words[:3], *changes)[0] == 0
-
-
-def test_everything_but_kv_is_too_large(capsys):
-    code, output, _ = run(capsys, "plan", "serve", "machine.memory=256MiB")
-    assert code == 1
-    assert "all but KV takes" in output

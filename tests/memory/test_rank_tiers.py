@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from memory.block_store import BlockStore
-from memory.layout import KVLayout
+from memory.layout import MIN_CACHE, KVLayout
 from memory.pages import PagePool
 from memory.rank_tiers import RankTiers
-from memory.tiered_pages import MIN_CACHE
 
 LAYOUT = KVLayout(2, 1, 4, 4, "float32", "hnd", has_landmark=True)
 NUM_STAGING = 4

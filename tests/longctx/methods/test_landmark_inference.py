@@ -12,7 +12,7 @@ from longctx.engine.config import EngineConfig
 from longctx.errors import ConfigError, RequestError
 from longctx.llm import LLM
 from longctx.models.config import ModelConfig
-from memory.tiered_pages import MIN_CACHE
+from memory.layout import MIN_CACHE
 from tests.longctx.engines import GREEDY, collect, make_request, run
 from tests.longctx.methods.landmark_inference import infer
 from tests.tiny_checkpoints import make_checkpoint

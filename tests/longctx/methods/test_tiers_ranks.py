@@ -9,8 +9,8 @@ import torch
 from longctx.attention.config import AttentionConfig
 from longctx.errors import ConfigError
 from longctx.messages import SamplingParams
+from memory.layout import MIN_CACHE
 from memory.rank_tiers import RankTiers
-from memory.tiered_pages import MIN_CACHE
 from tests.longctx.engines import GREEDY, collect, generate, make_engine, make_request, run
 from tests.longctx.methods.test_landmark_inference import BLOCK, METHOD, TOP_K, make_prompt, record_logits
 from tests.longctx.sharded_engine import sharded_engine

@@ -16,7 +16,8 @@ from longctx.engine.config import EngineConfig
 from longctx.models.config import ModelConfig
 from longctx.shards.exports import OwnPages
 from memory.config import TransportConfig
-from memory.tiered_pages import MIN_CACHE, TieredPages
+from memory.layout import MIN_CACHE
+from memory.tiered_pages import TieredPages
 from memory.transport import TRANSPORTS
 from tests.longctx.engines import GREEDY, check_pages, collect, make_request, run
 from tests.longctx.methods.test_landmark_inference import BLOCK, METHOD, TOP_K, make_prompt, record_logits
