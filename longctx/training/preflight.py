@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from longctx.adapters.folder import choose_adapter
+from longctx.adapters.registry import ADAPTERS
 from longctx.errors import CheckpointError, ConfigError
-from longctx.models.checkpoint import ModelSpec, inspect_checkpoint
+from longctx.models.checkpoint import ModelSpec, inspect_checkpoint, weight_shapes
 from longctx.models.tensor_files import read_json
 from longctx.training.attention_choice import check_sf, settle_attention
 from longctx.training.config import ParallelConfig, TrainConfig, TrainModelConfig
@@ -31,6 +32,8 @@ def check_files(config: TrainConfig) -> None:
     spec = inspect_checkpoint(config.model.path, require_weights=has_weights)
     check_context(spec, config.model, config.train.context_length)
     _check_attention(read_trained_attention(spec, config), config)
+    if config.peft.method != "none" and config.peft.path is None:
+        ADAPTERS.get(config.peft.method)().describe(config.peft, weight_shapes(spec))
     read_links(config.parallel)
     is_wanted(config.logger)
     check_path(config.data.path, config.data)

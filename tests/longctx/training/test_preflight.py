@@ -82,3 +82,10 @@ def test_nothing_heavy_is_loaded():
     assert done.stdout.splitlines()[-1] == "2 []", done.stderr
     assert "error: " in done.stderr
     assert "README.md: is a file; model.path is demo or a Hugging Face checkpoint folder" in done.stderr
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_layers_that_an_adapter_is_to_change(method):
+    words = ["data.path=demo", f"peft={method}", "peft.target_modules=[q_proj,queries]"]
+    with pytest.raises(ConfigError, match="queries matches no linear layer of this model; allowed: q_proj, k_proj"):
+        check_files(compose(TrainConfig, "train", words))
