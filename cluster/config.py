@@ -72,6 +72,9 @@ class ClusterConfig:
         300.0, "seconds a worker that lives may take to answer; longer than its longest step", above=0
     )
     start_timeout_s: float = option(300.0, "seconds the workers may take to load the model", above=0)
+    recovery_timeout_s: float = option(
+        30.0, "seconds that a request whose decode worker was lost waits for another, if there is none", minimum=0
+    )
 
     @property
     def num_processes(self) -> int:

@@ -1,6 +1,7 @@
 """What the router knows of one worker, and of one request on its way."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from cluster.placed_prefixes import PlacedPrefixes, digest_prefix
 from cluster.policies.policy import WorkerLoad
 from cluster.serving import WorkerHealth, WorkerStats
 from longctx.errors import WorkerLostError
-from longctx.messages import EngineStats, GenerationRequest, OutputDelta
+from longctx.messages import SEED_BITS, EngineStats, GenerationRequest, OutputDelta
 
 T = TypeVar("T")
 
@@ -150,7 +151,7 @@ class Flight:
     prefill: WorkerPeer | None = None  # while it computes or ships the prompt
     num_pending_tokens: int = 0  # what it adds to that one's
     digests: list[bytes] = field(default_factory=list)  # of the prompt's prefixes
-    has_output: bool = False
+    outputs: list[list[int] | None] = field(default_factory=list)  # what the client has; None: that sequence has ended
     num_tries: int = 0
 
     @property
@@ -158,20 +159,39 @@ class Flight:
         """Prompt tokens."""
         return len(self.request.prompt_token_ids)
 
-    def rename(self) -> None:
-        """Before a new try: what workers still say of the last one must not be taken for this one's."""
-        self.request = replace(self.request, request_id=f"{self.request_id}#{self.num_tries}")
+    @property
+    def has_output(self) -> bool:
+        """Whether the client has a token, or knows of an end."""
+        return any(tokens is None or tokens for tokens in self.outputs)
+
+    def try_again(self) -> None:
+        """Ask for what the client has not got, under a new id: what workers still say of the last try is not this
+        one's."""
+        self.num_tries += 1
+        outputs = tuple(tokens if tokens is None else tuple(tokens) for tokens in self.outputs)
+        request_id = f"{self.request_id}#{self.num_tries}"
+        self.request = replace(self.request, request_id=request_id, outputs=outputs if self.has_output else ())
 
     def to_client(self, deltas: list[OutputDelta]) -> list[OutputDelta]:
-        """The workers' deltas under the client's id."""
+        """The workers' deltas under the client's id; they count as received."""
+        for delta in deltas:
+            tokens = self.outputs[delta.index]
+            assert tokens is not None, f"{self.request_id} goes on after its end"
+            tokens.extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                self.outputs[delta.index] = None
         if self.num_tries == 0:
             return deltas
         return [replace(delta, request_id=self.request_id) for delta in deltas]
 
 
 def make_flight(request: GenerationRequest) -> Flight:
-    """A request that was submitted."""
-    return Flight(request.request_id, request, digests=digest_prefix(request.prompt_token_ids, request.cache_salt))
+    """A request that was submitted. It gets a seed if it has none: whoever goes on with it draws the same."""
+    params = request.sampling
+    if params.seed is None:
+        request = replace(request, sampling=replace(params, seed=secrets.randbits(SEED_BITS)))
+    digests = digest_prefix(request.prompt_token_ids, request.cache_salt)
+    return Flight(request.request_id, request, digests=digests, outputs=[[] for _ in range(params.n)])
 
 
 async def _within(timeout_s: float, answer: Awaitable[T], *, failure: str) -> T:

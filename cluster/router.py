@@ -5,9 +5,10 @@
     client <- deltas <- one long poll per worker, all requests together <- D
 
 Prompts enter first come, first served; a prefill worker is given only so many tokens at a time, so that leases do not
-wait in its queue. Who dies or freezes is noticed by its poll: a lost prefill worker costs time, a lost decode worker
-costs the requests whose text has begun, the others start over elsewhere. (Over 300 lines: placing, leaving and
-following are one state machine over the same fields; what concerns one worker or request alone is in ``peer.py``.)
+wait in its queue. Who dies or freezes is noticed by its poll, and costs time, not text: for a lost prefill worker the
+decode worker computes the prompt, for a lost decode worker another one goes on behind the last token that the client
+has. (Over 300 lines: placing, leaving and following are one state machine over the same fields; what concerns one
+worker or request alone is in ``peer.py``.)
 """
 
 import asyncio
@@ -92,7 +93,6 @@ class Router:
                     self._retry(flight)
                     continue
                 num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
-                flight.has_output = True
                 yield flight.to_client(deltas)
         finally:
             del self._flights[flight.request.request_id]
@@ -121,12 +121,24 @@ class Router:
         self._num_waiting += 1
         try:
             has_prefill = any(peer.role == "prefill" for peer in self._peers)
-            transfers = has_prefill and flight.num_tokens > self._config.cluster.local_prefill_tokens
+            is_long = flight.num_tokens > self._config.cluster.local_prefill_tokens
+            transfers = has_prefill and is_long and not flight.has_output
+            if flight.num_tries:
+                await self._wait_for_worker()
             async with self._transfer_turn if transfers else self._local_turn:
                 while not await self._try_place(flight, transfers=transfers):
                     await self._wait_for_change()
         finally:
             self._num_waiting -= 1
+
+    async def _wait_for_worker(self) -> None:
+        """Until there is a decode worker, or ``cluster.recovery_timeout_s`` are over."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self._config.cluster.recovery_timeout_s
+        while loop.time() < ends and not self._is_stopping:
+            if any(peer.is_alive and peer.role == "decode" for peer in self._peers):
+                return
+            await self._wait_for_change()
 
     async def _try_place(self, flight: Flight, *, transfers: bool) -> bool:
         """Hand the request to the policy's choice, or its next one if that has no room; False if none has."""
@@ -207,14 +219,13 @@ class Router:
     # Leaving
 
     def _retry(self, flight: Flight) -> None:
-        """Start a request over whose decode worker was lost, if nothing of it was seen yet."""
+        """A request's decode worker was lost: another goes on behind what the client has."""
         lost = flight.decode.name if flight.decode else "a worker"
         self._leave(flight, cancels=True)
-        flight.num_tries += 1
-        if flight.has_output or flight.num_tries >= MAX_TRIES:
-            raise WorkerLostError(f"decode worker {lost} was lost while it generated")
+        if flight.num_tries + 1 >= MAX_TRIES:
+            raise WorkerLostError(f"decode worker {lost} was lost, the last of {MAX_TRIES} that tried this request")
         del self._flights[flight.request.request_id]
-        flight.rename()
+        flight.try_again()
         self._flights[flight.request.request_id] = flight
 
     def _leave(self, flight: Flight, *, cancels: bool) -> None:

@@ -6,6 +6,7 @@ No torch here: the endpoint, the router and the CLI read this file.
 from dataclasses import dataclass, field
 from typing import Literal
 
+SEED_BITS = 63
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -51,6 +52,7 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     cache_salt: str = ""  # prefixes are shared only within one salt
+    outputs: tuple[tuple[int, ...] | None, ...] = ()  # tokens that each of the n sequences has; None: it has ended
 
 
 @dataclass(frozen=True, slots=True)

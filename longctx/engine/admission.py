@@ -47,6 +47,7 @@ def check_request(
             "engine puts in by itself",
             param="prompt",
         )
+    _check_outputs(request, vocab_size, max_context - len(prompt))
     if len(prompt) + 1 > max_context:
         limit = f"the context is {max_context} tokens, prompt and at least one new token together"
         if max_context < model_context:
@@ -55,6 +56,25 @@ def check_request(
             f"the prompt has {len(prompt)} tokens; {limit}", param="prompt", code="context_length_exceeded"
         )
     return prompt
+
+
+def _check_outputs(request: GenerationRequest, vocab_size: int, room: int) -> None:
+    outputs, params = request.outputs, request.sampling
+    if not outputs:
+        return
+    if len(outputs) != params.n or all(tokens is None for tokens in outputs):
+        raise RequestError(
+            f"outputs of {len(outputs)} sequences are not allowed with n={params.n}: one for each, not all ended",
+            param="outputs",
+        )
+    if params.seed is None and params.temperature > 0:
+        raise RequestError("outputs are not allowed without the seed that they were sampled with", param="seed")
+    most = room if params.max_tokens is None else min(params.max_tokens, room)
+    for tokens in outputs:
+        if tokens is not None and len(tokens) >= most:
+            raise RequestError(f"outputs of {len(tokens)} tokens leave room for none: {most} in all", param="outputs")
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise RequestError(f"outputs hold token ids that are not 0 to {vocab_size - 1}", param="outputs")
 
 
 def _read_prompt(token_ids: Sequence[int], vocab_size: int) -> Int64Array:

@@ -23,7 +23,7 @@ from longctx.engine.sampling import Sampler
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import ActiveRequest, Int64Array, Sequence
 from longctx.errors import QueueFullError, RequestError
-from longctx.messages import EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
+from longctx.messages import SEED_BITS, EngineStats, FinishReason, FirstTokens, GenerationRequest, OutputDelta
 from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
 from memory.lower_pages import LowerPages
@@ -32,8 +32,6 @@ from memory.prefix_cache import PrefixCache
 from memory.tiered_pages import TieredPages
 
 logger = logging.getLogger(__name__)
-
-SEED_BITS = 63
 
 
 class Engine:
@@ -88,6 +86,9 @@ class Engine:
     def add(self, request: GenerationRequest, *, export: KVExport | None = None) -> None:
         """Queue a request. With ``export`` only its prompt is computed and its first tokens sampled.
 
+        One with ``outputs`` goes on behind them, as if this engine had sampled them; there are no deltas of them. It
+        has to name its seed, or be greedy.
+
         Raises:
             RequestError: the request cannot be served as it stands.
             QueueFullError: ``engine.max_waiting`` requests are waiting.
@@ -96,7 +97,8 @@ class Engine:
         if len(self._scheduler.waiting) >= self.config.max_waiting:
             raise QueueFullError(f"{self.config.max_waiting} requests are waiting already (engine.max_waiting)")
         self._requests[active.request_id] = active
-        self._scheduler.enqueue(active.sequences[0])
+        for sequence in active.sequences:
+            self._scheduler.enqueue(sequence)
 
     def cancel(self, request_id: str) -> None:
         """End a request or reservation and free its pages; an unknown id is no error."""

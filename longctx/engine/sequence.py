@@ -4,7 +4,9 @@ A request with ``n > 1`` starts as one sequence; after its prompt it is forked i
 pages.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -85,8 +87,15 @@ class ActiveRequest:
         self.max_outputs = max_outputs
         self.tokenizer = tokenizer
         self.export = export
-        self.sequences = [Sequence(self, 0, self.make_sampler(seed))]  # those not finished
-        self.is_forked = False  # n sequences exist (or existed)
+        first = Sequence(self, 0, self.make_sampler(seed))
+        self.sequences = [first]  # those not finished
+        self.is_forked = bool(request.outputs)  # n sequences exist (or existed)
+        if self.is_forked:
+            self.sequences = [
+                Sequence(self, index, first.sampler.fork(index)).resume(outputs)
+                for index, outputs in enumerate(request.outputs)
+                if outputs is not None
+            ]
         self.num_cached_tokens = 0
         self.num_announced_pages = 0  # pages whose every layer ``export`` was told of
 
@@ -152,6 +161,14 @@ class Sequence:
         if self.active.is_forked:
             return [self.sampler]
         return [self.sampler, *(self.sampler.fork(index) for index in range(1, self.active.request.sampling.n))]
+
+    def resume(self, token_ids: Iterable[int]) -> Self:
+        """Append tokens that were sampled, and their text passed on, elsewhere. Returns this sequence."""
+        for token_id in token_ids:
+            self.outputs.append(token_id)
+            self.sampler.append(token_id)
+            self.text.push(token_id)
+        return self
 
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> OutputDelta:
         """Append a sampled token; the delta says whether it was the last."""

@@ -71,6 +71,7 @@ def make_config(
             decode=DecodeConfig(decode_ranks),
             local_prefill_tokens=0,
             worker_timeout_s=2.0,
+            recovery_timeout_s=0.0,
         ),
     )
     assert not options, f"no such fields: {options}"
