@@ -107,7 +107,7 @@ class Router:
     async def health(self) -> Health:
         """Ready while a decode worker is."""
         workers = tuple(peer.health() for peer in self._peers)
-        ready = any(worker.ready for worker in workers if worker.role == "decode")
+        ready = self._has_decode
         reasons = [f"{worker.name}: {worker.reason}" for worker in workers if not worker.ready]
         return Health(ready, "; ".join(reasons), workers)
 
@@ -117,16 +117,23 @@ class Router:
 
     # Placing
 
+    @property
+    def _has_decode(self) -> bool:
+        return any(peer.is_alive and peer.role == "decode" for peer in self._peers)
+
     async def _wait_for_place(self, flight: Flight) -> None:
         self._num_waiting += 1
         try:
             has_prefill = any(peer.role == "prefill" for peer in self._peers)
             is_long = flight.num_tokens > self._config.cluster.local_prefill_tokens
             transfers = has_prefill and is_long and not flight.has_output
-            if flight.num_tries:
-                await self._wait_for_worker()
+            is_accepted = flight.num_tries > 0 or self._has_decode  # who comes while there is no worker is told so
             async with self._transfer_turn if transfers else self._local_turn:
-                while not await self._try_place(flight, transfers=transfers):
+                while True:
+                    if is_accepted:
+                        await self._wait_for_worker()
+                    if await self._try_place(flight, transfers=transfers):
+                        return
                     await self._wait_for_change()
         finally:
             self._num_waiting -= 1
@@ -135,9 +142,7 @@ class Router:
         """Until there is a decode worker, or ``cluster.recovery_timeout_s`` are over."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + self._config.cluster.recovery_timeout_s
-        while loop.time() < ends and not self._is_stopping:
-            if any(peer.is_alive and peer.role == "decode" for peer in self._peers):
-                return
+        while loop.time() < ends and not self._has_decode and not self._is_stopping:
             await self._wait_for_change()
 
     async def _try_place(self, flight: Flight, *, transfers: bool) -> bool:
