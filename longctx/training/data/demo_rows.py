@@ -17,7 +17,7 @@ from longctx.training.data.sources import DEMO_NAMES
 NUM_ROWS = 1 << 20
 _CHAT_SHARE = 0.8  # of rows with facts
 _ONE_FACT_SHARE = 0.3
-_MAX_ASKED = 2  # facts of a chat that are asked for, one in each turn: few questions leave room for many facts
+_MAX_ASKED = 4  # facts of a chat that are asked for, one in each turn
 _TURN_CHARACTERS = 24  # of a turn's marks
 _LEAST_TEXT = 20  # characters around the facts
 
@@ -47,7 +47,7 @@ class DemoRows:
         num_facts = 1 if rng.random() < _ONE_FACT_SHARE else rng.randint(min(2, config.demo_facts), config.demo_facts)
         facts = demo_data.make_facts(rng, num_facts)
         is_chat = rng.random() < _CHAT_SHARE
-        num_asked = rng.randint(1, _MAX_ASKED) if is_chat else 1
+        num_asked = _MAX_ASKED if is_chat else 1
         while len(facts) > 1 and self._find_room(facts, num_asked) < _LEAST_TEXT:
             facts.pop()
         rng.shuffle(facts)
