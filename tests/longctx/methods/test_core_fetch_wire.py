@@ -134,7 +134,8 @@ def test_an_arrival_that_is_given_up_is_computed_here(folder, transport, blocks)
             assert wire.decode.stats().num_pages_used == 0
         wire.decode.add(request)
         assert collect(run(wire.decode)) == expected
-        assert wire.events.empty()
+        while not wire.events.empty():  # all of it may have been there before it was given up
+            assert isinstance(wire.events.get()[1], bytes)
 
 
 def test_a_sender_that_is_lost_leaves_nothing_taken(folder):
