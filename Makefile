@@ -27,7 +27,7 @@ test: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 slow: install
-	$(BIN)/python -m pytest -m 'slow and not gpu and not multihost' $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'slow and not gpu and not multihost' --numprocesses 2 --dist loadgroup $(ARGS)
 
 # Triton's kernels run in its interpreter. Triton takes over a gigabyte: it stays out of the environment that users get.
 # The interpreter makes loop bounds of arrays with one element, which newer NumPy refuses.
