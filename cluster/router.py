@@ -57,6 +57,7 @@ class Router:
         self._policy: Policy = POLICIES.get(config.cluster.policy)()
         self._flights: dict[str, Flight] = {}  # by the id that workers know
         self._num_waiting = 0
+        self._lost_at = 0.0  # when a decode worker was lost last
         self._is_stopping = False
         self._transfer_turn, self._local_turn = asyncio.Lock(), asyncio.Lock()
         self._change = asyncio.Event()
@@ -127,22 +128,20 @@ class Router:
             has_prefill = any(peer.role == "prefill" for peer in self._peers)
             is_long = flight.num_tokens > self._config.cluster.local_prefill_tokens
             transfers = has_prefill and is_long and not flight.has_output
-            is_accepted = flight.num_tries > 0 or self._has_decode  # who comes while there is no worker is told so
+            if not flight.num_tries and not self._has_decode:  # not behind others that wait for a worker to come back
+                raise self._not_ready()
             async with self._transfer_turn if transfers else self._local_turn:
-                while True:
-                    if is_accepted:
-                        await self._wait_for_worker()
-                    if await self._try_place(flight, transfers=transfers):
-                        return
+                await self._wait_for_worker()
+                while not await self._try_place(flight, transfers=transfers):
                     await self._wait_for_change()
+                    await self._wait_for_worker()
         finally:
             self._num_waiting -= 1
 
     async def _wait_for_worker(self) -> None:
-        """Until there is a decode worker, or ``cluster.recovery_timeout_s`` are over."""
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + self._config.cluster.recovery_timeout_s
-        while loop.time() < ends and not self._has_decode and not self._is_stopping:
+        """Until there is a decode worker, or the last has been gone for ``cluster.recovery_timeout_s``."""
+        loop, timeout_s = asyncio.get_running_loop(), self._config.cluster.recovery_timeout_s
+        while not self._has_decode and not self._is_stopping and loop.time() < self._lost_at + timeout_s:
             await self._wait_for_change()
 
     async def _try_place(self, flight: Flight, *, transfers: bool) -> bool:
@@ -194,19 +193,20 @@ class Router:
         self, flight: Flight, *, transfers: bool, full: set[str]
     ) -> tuple[WorkerPeer | None, WorkerPeer | None]:
         """Prefill worker, if one is to be used, and decode worker; None if all of these are ``full``."""
-        if self._is_stopping:
-            raise NotReadyError(STOPPING)
+        if self._is_stopping or not self._has_decode:
+            raise self._not_ready()
         alive = {peer.name: peer for peer in self._peers if peer.is_alive}
         decode = [peer.load(flight) for peer in alive.values() if peer.role == "decode"]
         prefill = [peer.load(flight) for peer in alive.values() if peer.role == "prefill"] if transfers else []
-        if not decode:
-            lost = "; ".join(f"{p.name}: {p.reason}" for p in self._peers if p.role == "decode")
-            raise NotReadyError(f"no decode worker is ready ({lost})")
         decode = [load for load in decode if load.name not in full]
         if not decode:
             return None, None
         computer, generator = self._policy.choose(prefill, decode, num_tokens=flight.num_tokens)
         return alive[computer.name] if computer else None, alive[generator.name]
+
+    def _not_ready(self) -> NotReadyError:
+        lost = "; ".join(f"{peer.name}: {peer.reason}" for peer in self._peers if peer.role == "decode")
+        return NotReadyError(STOPPING if self._is_stopping else f"no decode worker is ready ({lost})")
 
     def _has_window(self, peer: WorkerPeer, flight: Flight) -> bool:
         window = PREFILL_WINDOW * self._config.engine.max_batch_tokens * peer.sp_degree
@@ -281,6 +281,8 @@ class Router:
             return
         logger.error("%s is lost: %s", peer.name, reason)
         peer.lose(reason)
+        if peer.role == "decode":
+            self._lost_at = asyncio.get_running_loop().time()
         for flight in list(self._flights.values()):
             if flight.decode is peer:
                 flight.buffer.fail(WorkerLostError(f"{peer.name} is lost: {reason}"))

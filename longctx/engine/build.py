@@ -24,6 +24,7 @@ from longctx.engine.landmark_build import (
 )
 from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.page_budget import count_cores, count_pages
+from longctx.engine.page_place import PagePlace, make_near
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
@@ -203,33 +204,14 @@ def _load(
     if shards is not None:
         num_pages = shards.agree_on_pages(layout, num_pages)
     pages: PagePool | TieredPages | None = None
+    place = PagePlace(device, max_context, make_pool, shards, num_sharing)
     if isinstance(method, LandmarkSpec):
-        pages = make_tiers(
-            attention,
-            engine_config,
-            layout,
-            num_pages,
-            device=device,
-            max_context=max_context,
-            make_pool=make_pool,
-            shards=shards,
-            num_sharing=num_sharing,
-        )
+        pages = make_tiers(attention, engine_config, layout, num_pages, place)
     elif isinstance(method, CCASpec):
-        pages, below = make_core_pages(
-            attention,
-            layout,
-            num_pages,
-            device=device,
-            max_context=max_context,
-            make_pool=make_pool,
-            shards=shards,
-            num_sharing=num_sharing,
-            ships=ships,
-        )
+        pages, below = make_core_pages(attention, layout, num_pages, place, ships=ships)
         take_cores(decoder, method, attention, below=below, shards=shards)
     if pages is None:
-        pages = make_pool(layout, num_pages) if make_pool is not None else PagePool(layout, num_pages, device=device)
+        pages = make_near(layout, num_pages, place)
     if isinstance(method, LandmarkSpec):
         if shards is None:
             take_landmarks(decoder, method, attention, pages=pages)

@@ -1,13 +1,11 @@
 """What an engine with CCA attention is made of besides: pages below, attention that makes cores, a rank's part."""
 
-from collections.abc import Callable
-
-import torch
+from dataclasses import replace
 
 from longctx.attention.cca_paged import CoreAttention
 from longctx.attention.config import AttentionConfig
 from longctx.attention.core_fetch import CoreFetch
-from longctx.engine.lower_tier import make_store
+from longctx.engine.page_place import PagePlace, make_near, make_store
 from longctx.models.attention_spec import CCASpec
 from longctx.models.packed import PackedDecoder
 from longctx.shards.core_attention import SharedCoreAttention
@@ -21,12 +19,8 @@ def make_core_pages(
     attention: AttentionConfig,
     layout: KVLayout,
     num_near: int,
+    place: PagePlace,
     *,
-    device: torch.device,
-    max_context: int,
-    make_pool: Callable[[KVLayout, int], PagePool] | None,
-    shards: ShardGroup | None,
-    num_sharing: int,
     ships: bool,
 ) -> tuple[PagePool, LowerPages | None]:
     """Pages near the compute, and where groups are fetched what lies below them.
@@ -40,22 +34,17 @@ def make_core_pages(
     ships = ships and attention.core_fetch > 0
     near = None
     if not ships:
-        near = make_pool(layout, num_near) if make_pool is not None else PagePool(layout, num_near, device=device)
+        near = make_near(layout, num_near, place)
         if not attention.core_fetch:
             return near, None
-    store = make_store(
-        attention,
-        layout,
-        device=device,
-        max_context=max_context,
-        make_pool=make_pool if ships else None,
-        shards=shards,
-        num_sharing=num_sharing,
-        num_beside=num_near if ships else 0,
-    )
+        place = replace(place, make_pool=None)
+    num_beside = num_near if ships else 0
+    store = make_store(attention, layout, place, num_tokens=place.max_context, num_beside=num_beside)
     if near is None:
-        shared = store.pool.storage[:, :num_near] if device.type == "cpu" and attention.below == "host" else None
-        near = PagePool(layout, num_near, device=device, storage=shared)
+        is_one = place.device.type == "cpu" and attention.below == "host"
+        near = PagePool(
+            layout, num_near, device=place.device, storage=store.pool.storage[:, :num_near] if is_one else None
+        )
     return near, LowerPages(near, store, ships=ships)
 
 

@@ -1,9 +1,5 @@
 """What an engine for a landmark model is made of besides: pages that are blocks, landmarks' keys, tiers."""
 
-from collections.abc import Callable
-
-import torch
-
 from longctx.attention.backend import AttentionBackend
 from longctx.attention.config import AttentionConfig
 from longctx.attention.landmark_paged import LandmarkAttention
@@ -11,13 +7,12 @@ from longctx.attention.landmark_retrieval import Retrieval
 from longctx.attention.torch_paged import TorchPagedAttention
 from longctx.engine.config import EngineConfig
 from longctx.engine.context_plan import count_staging
-from longctx.engine.lower_tier import make_store
+from longctx.engine.page_place import PagePlace, make_store
 from longctx.engine.rows import DecodeRows
 from longctx.engine.runner import ModelRunner
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import LandmarkSpec
 from longctx.models.packed import PackedDecoder
-from longctx.shards.group import ShardGroup
 from longctx.shards.landmarks import ShardedLandmarks
 from memory.landmark_keys import LandmarkKeys
 from memory.layout import MIN_CACHE, KVLayout
@@ -54,24 +49,19 @@ def make_tiers(
     engine: EngineConfig,
     layout: KVLayout,
     num_near: int,
-    *,
-    device: torch.device,
-    max_context: int,
-    make_pool: Callable[[KVLayout, int], PagePool] | None,
-    shards: ShardGroup | None,
-    num_sharing: int,
+    place: PagePlace,
 ) -> TieredPages | None:
-    """Pages of which ``num_near`` are near and the rest below, in what ``make_pool`` makes; None if all are near.
+    """Pages of which ``num_near`` are near and the rest below; None if all are near.
 
-    Any of the ranks ``shards`` may have to hold all pages that a step writes to.
+    Any of several ranks may have to hold all pages that a step writes to.
 
     Raises:
         ConfigError: if too few fit near to compute a step, or there is no room below.
     """
     if attention.blocks == "near":
         return None
-    share = "" if shards is None else f"{shards.group.world_size} "
-    sp_degree = 1 if shards is None else shards.group.world_size
+    sp_degree = 1 if place.shards is None else place.shards.group.world_size
+    share = "" if place.shards is None else f"{sp_degree} "
     num_staging = count_staging(engine, layout.page_size, sp_degree=sp_degree)
     if num_near < num_staging + MIN_CACHE:
         raise ConfigError(
@@ -79,17 +69,9 @@ def make_tiers(
             f"bytes have to be near ({share}engine.max_batch_tokens / page + 2 engine.max_sequences are being filled, "
             f"{MIN_CACHE} are looked at), {num_near} fit"
         )
-    store = make_store(
-        attention,
-        layout,
-        device=device,
-        max_context=-(-max_context // (1 if shards is None else shards.group.world_size)),
-        make_pool=make_pool,
-        shards=shards,
-        num_sharing=num_sharing,
-    )
-    kind = TieredPages if shards is None else RankTiers
-    return kind(layout, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=device)
+    store = make_store(attention, layout, place, num_tokens=-(-place.max_context // sp_degree))
+    kind = TieredPages if place.shards is None else RankTiers
+    return kind(layout, num_staging=num_staging, num_cached=num_near - num_staging, store=store, device=place.device)
 
 
 def take_landmarks(

@@ -116,26 +116,49 @@ def test_another_decode_worker_takes_over_what_has_no_text_yet(folder, expected,
 SEEDED = replace(GREEDY, temperature=1.0, seed=7, n=2)
 
 
+async def read_and_hit(cluster, request, hit):
+    """All deltas of a request, each with the worker that it is from; ``hit`` is called once the first have come."""
+    seen = []
+    async with asyncio.timeout(WAIT_S):
+        async for deltas in cluster.router.submit(request):
+            if not seen:
+                await hit()
+            name = cluster.router.worker_of(request.request_id)
+            seen += [(name, delta) for delta in deltas]
+    return seen
+
+
+def without_logprobs(delta):
+    return replace(delta, logprobs=())
+
+
 @pytest.mark.parametrize("hit", HITS)
-@pytest.mark.parametrize("params", [replace(GREEDY, stop=("no such text",)), SEEDED, replace(SEEDED, logprobs=1)])
+@pytest.mark.parametrize(
+    "params",
+    [replace(GREEDY, stop=("no such text",)), SEEDED, replace(SEEDED, logprobs=1), replace(SEEDED, seed=None)],
+    ids=["greedy", "seeded", "logprobs", "without a seed"],
+)
 def test_a_text_that_has_begun_goes_on_elsewhere(folder, hit, params):
     config = make_config(folder, num_decode=2, worker_timeout_s=1.0)
     request = make_request("r", make_prompt(0, 100), replace(params, max_tokens=400))
+    seeds = []
 
     async def scenario():
         async with open_worker("decode-0", "decode", config) as decode, start_cluster(config, decode) as cluster:
-            seen = []
-            async with asyncio.timeout(WAIT_S):
-                async for deltas in cluster.router.submit(request):
-                    if not seen:
-                        assert cluster.router.worker_of("r") == "decode-0"
-                        getattr(decode, hit)()
-                    seen.extend(deltas)
-            return seen, cluster.router.worker_of("r"), (await cluster.stats("decode-1")).num_generated_tokens
 
-    seen, _, num_generated = asyncio.run(scenario())
-    assert 0 < num_generated <= params.n * 399, "what the client had was not generated again"
-    got, alone = join(seen), generate_alone(config, [request])[0]
+            async def strike():
+                assert cluster.router.worker_of("r") == "decode-0"
+                seeds.append(cluster.router._flights["r"].request.sampling.seed)  # the router's if it had none
+                getattr(decode, hit)()
+
+            seen = await read_and_hit(cluster, request, strike)
+            return seen, (await cluster.stats("decode-1")).num_generated_tokens
+
+    seen, num_generated = asyncio.run(scenario())
+    assert num_generated == sum(len(delta.token_ids) for name, delta in seen if name == "decode-1"), "nothing twice"
+    assert {name for name, _ in seen} == {"decode-0", "decode-1"}
+    request = replace(request, sampling=replace(request.sampling, seed=seeds[0]))
+    got, alone = join([delta for _, delta in seen]), generate_alone(config, [request])[0]
     assert [without_logprobs(delta) for delta in got] == [without_logprobs(delta) for delta in alone]
     for delta, other in zip(got, alone, strict=True):
         assert [entry.logprob for entry in delta.logprobs] == pytest.approx(
@@ -143,13 +166,9 @@ def test_a_text_that_has_begun_goes_on_elsewhere(folder, hit, params):
         )
 
 
-def without_logprobs(delta):
-    return replace(delta, logprobs=())
-
-
 def test_two_losses_cost_no_token(folder):
     config = make_config(folder, num_decode=3, worker_timeout_s=1.0)
-    request = make_request("r", make_prompt(0, 100), replace(SEEDED, max_tokens=400, seed=None, temperature=0.0))
+    request = make_request("r", make_prompt(0, 100), replace(GREEDY, n=2, max_tokens=400))
 
     async def scenario():
         async with (
@@ -173,48 +192,56 @@ def test_two_losses_cost_no_token(folder):
 
 
 def test_the_only_decode_worker_is_waited_for(folder):
+    """By what was accepted; who comes meanwhile is told at once."""
     config = make_config(folder, recovery_timeout_s=WAIT_S)
     request = make_request("r", make_prompt(0, 100), replace(GREEDY, max_tokens=400))
 
     async def scenario():
         async with open_worker("decode-0", "decode", config) as decode, start_cluster(config, decode) as cluster:
-            seen = []
-            async with asyncio.timeout(WAIT_S):
-                async for deltas in cluster.router.submit(request):
-                    if not seen:
-                        await decode.restart()
-                    seen.extend(deltas)
-            return join(seen)
+
+            async def strike():
+                decode.kill()
+
+            reading = asyncio.create_task(read_and_hit(cluster, request, strike))
+            await wait_until(lambda: is_lost(cluster, "decode-0"))
+            with pytest.raises(NotReadyError, match=r"no decode worker is ready \(decode-0"):
+                await cluster.answer(make_request("other", make_prompt(1, 100)))
+            assert not reading.done()
+            await decode.restart()
+            return join([delta for _, delta in await reading])
 
     assert asyncio.run(scenario()) == generate_alone(config, [request])[0]
 
 
 def test_nobody_is_left(folder):
-    config = make_config(folder, recovery_timeout_s=0.5)
-    request = make_request("r", make_prompt(0, 100), replace(GREEDY, max_tokens=8000))
+    """Several wait together, no longer than one."""
+    config = make_config(folder, recovery_timeout_s=4.0)
+    params = replace(GREEDY, max_tokens=8000)
+    requests = [make_request(f"r{n}", make_prompt(n, 100), params) for n in range(6)]
 
     async def scenario():
+        seen = {request.request_id: [] for request in requests}
+
+        async def read(cluster, request):
+            async for deltas in cluster.router.submit(request):
+                seen[request.request_id] += deltas
+
         async with open_worker("decode-0", "decode", config) as decode, start_cluster(config, decode) as cluster:
-            seen = []
+            reading = [asyncio.create_task(read(cluster, request)) for request in requests]
+            await wait_until(lambda: all(seen.values()))
+            decode.kill()
+            async with asyncio.timeout(16.0):  # one after another they would take 24
+                errors = await asyncio.gather(*reading, return_exceptions=True)
+            return seen, errors
 
-            async def read():
-                async with asyncio.timeout(WAIT_S):
-                    async for deltas in cluster.router.submit(request):
-                        if not seen:
-                            decode.kill()
-                        seen.extend(deltas)
-
-            with pytest.raises(NotReadyError, match=r"no decode worker is ready \(decode-0") as caught:
-                await read()
-            with pytest.raises(NotReadyError, match="decode-0"):
-                await cluster.answer(make_request("other", make_prompt(1, 100)))
-            return seen, to_api_error(caught.value)
-
-    seen, api_error = asyncio.run(scenario())
-    told = join(seen)[0].token_ids
-    alone = generate_alone(config, [replace(request, sampling=replace(GREEDY, max_tokens=len(told)))])[0][0]
-    assert told == alone.token_ids, "what came before the loss is right"
-    assert api_error.status == 503
+    seen, errors = asyncio.run(scenario())
+    for request, error in zip(requests, errors, strict=True):
+        assert isinstance(error, NotReadyError)
+        assert "no decode worker is ready (decode-0" in str(error)
+        assert to_api_error(error).status == 503
+        told = join(seen[request.request_id])[0].token_ids
+        alone = generate_alone(config, [replace(request, sampling=replace(GREEDY, max_tokens=len(told)))])[0][0]
+        assert told == alone.token_ids, "what came before the loss is right"
 
 
 def test_a_thawed_worker_comes_back_and_has_forgotten(folder):
