@@ -2,9 +2,9 @@
 
     python -m benchmarks.training --models tiny --lengths 4096 16384 65536 --save training
 
-Two ranks of one thread each for every engine, the same checkpoint, tokens, element type and optimizer, and the heap
-settings that longctx starts its ranks with, which save memory in any process. Engines stay up
-and take turns step by step, each round in another order; one step of each warms up. DDP's ranks share no sequence, so
+Two ranks of one thread each for every engine, the same checkpoint, tokens, element type and optimizer. Ranks of longctx
+have the heap settings that it starts them with; with --peers-heap the peers have them too: it saves them memory and
+costs them time. Engines stay up and take turns step by step, each round in another order; one step of each warms up. DDP's ranks share no sequence, so
 it takes two in a step: its tokens count twice.
 """
 
@@ -34,7 +34,7 @@ ENGINES = ("longctx", "deepspeed-ulysses", "ddp")
 class Engine:
     """The ranks of one engine."""
 
-    def __init__(self, name: str, specification: dict[str, Any], folder: Path) -> None:
+    def __init__(self, name: str, specification: dict[str, Any], folder: Path, env: dict[str, str]) -> None:
         self.name, self.seconds, self.losses, self.error = name, [], [], ""
         self.memory_bytes = 0
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -45,8 +45,7 @@ class Engine:
             ProcessTree(
                 [sys.executable, "-m", "benchmarks.training_rank", name, str(rank), str(path)],
                 folder / f"{name}-{rank}.log",
-                env=heap_env()
-                | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
+                env=env | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
                 cwd=REPOSITORY,
                 piped=True,
             )
@@ -118,7 +117,10 @@ def measure(arguments: argparse.Namespace, model: str, length: int, folder: Path
         "zero_stage": arguments.zero_stage,
         "train": {"mlp_tile": arguments.mlp_tile},
     }
-    engines = [Engine(name, specification, run_folder) for name in arguments.engines]
+    with_heap = ENGINES if arguments.peers_heap else ("longctx",)
+    engines = [
+        Engine(name, specification, run_folder, heap_env() if name in with_heap else {}) for name in arguments.engines
+    ]
     try:
         for turn in range(arguments.rounds + 1):  # the first warms up
             for engine in random.Random(turn).sample(engines, len(engines)):
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--peers-heap", action="store_true", help="peers, too, have longctx's heap settings")
     parser.add_argument("--mlp-tile", type=int, default=0)
     parser.add_argument("--work", default="/tmp/longctx-bench", help="folder for checkpoints")
     parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
