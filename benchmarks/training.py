@@ -4,8 +4,8 @@
 
 Two ranks of one thread each for every engine, the same checkpoint, tokens, element type and optimizer. Ranks of longctx
 have the heap settings that it starts them with; with --peers-heap the peers have them too: it saves them memory and
-costs them time. Engines stay up and take turns step by step, each round in another order; one step of each warms up. DDP's ranks share no sequence, so
-it takes two in a step: its tokens count twice.
+costs them time. Engines stay up and take turns step by step, each round in another order; one step of each warms up.
+DDP's ranks share no sequence, so it takes two in a step: its tokens count twice.
 """
 
 import argparse
