@@ -3,8 +3,8 @@
     python -m benchmarks.training --models tiny --lengths 4096 16384 65536 --save training
 
 Two ranks of one thread each for every engine, the same checkpoint, tokens, element type and optimizer. Ranks of longctx
-have the heap settings that it starts them with; with --peers-heap the peers have them too: it saves them memory and
-costs them time. Engines stay up and take turns step by step, each round in another order; one step of each warms up.
+have the heap settings that it starts them with (train.compact_heap) and, as longctx-loose-heap, the C library's own,
+which all peers have; with --peers-heap the peers have longctx's too: it saves them memory and costs them time. Engines stay up and take turns step by step, each round in another order; one step of each warms up.
 DDP's ranks share no sequence, so it takes two in a step: its tokens count twice.
 """
 
@@ -28,7 +28,8 @@ from longctx.heap import heap_env
 logger = logging.getLogger(__name__)
 
 END_ID = 300
-ENGINES = ("longctx", "deepspeed-ulysses", "ddp")
+PEERS = ("deepspeed-ulysses", "ddp")
+ENGINES = ("longctx", "longctx-loose-heap", *PEERS)
 
 
 class Engine:
@@ -43,7 +44,7 @@ class Engine:
         path.write_text(json.dumps(specification))
         self._ranks = [
             ProcessTree(
-                [sys.executable, "-m", "benchmarks.training_rank", name, str(rank), str(path)],
+                [sys.executable, "-m", "benchmarks.training_rank", name.removesuffix("-loose-heap"), str(rank), str(path)],
                 folder / f"{name}-{rank}.log",
                 env=env | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
                 cwd=REPOSITORY,
@@ -117,10 +118,8 @@ def measure(arguments: argparse.Namespace, model: str, length: int, folder: Path
         "zero_stage": arguments.zero_stage,
         "train": {"mlp_tile": arguments.mlp_tile},
     }
-    with_heap = ENGINES if arguments.peers_heap else ("longctx",)
-    engines = [
-        Engine(name, specification, run_folder, heap_env() if name in with_heap else {}) for name in arguments.engines
-    ]
+    compact = ("longctx", *PEERS) if arguments.peers_heap else ("longctx",)
+    engines = [Engine(name, specification, run_folder, heap_env(name in compact)) for name in arguments.engines]
     try:
         for turn in range(arguments.rounds + 1):  # the first warms up
             for engine in random.Random(turn).sample(engines, len(engines)):
@@ -129,11 +128,11 @@ def measure(arguments: argparse.Namespace, model: str, length: int, folder: Path
         for engine in engines:
             engine.close()
     described = {engine.name: _describe(engine, length) for engine in engines}
-    ours = described.get("longctx")
     for name, each in described.items():
-        if ours and name != "longctx" and "tokens_per_s" in each and "tokens_per_s" in ours:
-            each["longctx_tokens_ratio"] = ours["tokens_per_s"] / each["tokens_per_s"]
-            each["longctx_memory_ratio"] = ours["peak_memory_bytes"] / each["peak_memory_bytes"]
+        for own, ours in described.items():
+            if name in PEERS and own not in PEERS and "tokens_per_s" in each and "tokens_per_s" in ours:
+                each[f"{own}_tokens_ratio"] = ours["tokens_per_s"] / each["tokens_per_s"]
+                each[f"{own}_memory_ratio"] = ours["peak_memory_bytes"] / each["peak_memory_bytes"]
         logger.info("%s, %d tokens, %s: %s", model, length, name, each)
     return {"model": model, "num_tokens": length, "engines": described}
 

@@ -145,7 +145,7 @@ class TrainGang:
                 num_gpus=bundle.num_gpus,
                 max_concurrency=2,
                 max_restarts=0,
-                runtime_env={"env_vars": heap_env()},
+                runtime_env={"env_vars": heap_env(self._config.train.compact_heap)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self._placement, placement_group_bundle_index=index
                 ),

@@ -123,6 +123,7 @@ class TrainLoopConfig:
     activation_offload: bool = option(False, "keep those in the host's memory (cuda) or in a file in output (cpu)")
     loss_tile: int = option(1024, "tokens whose logits exist at one time; 0: all", minimum=0)
     mlp_tile: int = option(0, "tokens that an MLP works on at one time; 0: all", minimum=0)
+    compact_heap: bool = option(True, "on CPUs, freed tensors go back to the system at once: less memory, slower steps")
     num_threads: int | None = option(None, "CPU threads of a rank; null: cores over ranks on this machine", minimum=1)
 
 

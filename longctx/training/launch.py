@@ -80,7 +80,9 @@ class RankProcess:
         try:
             self._process = subprocess.Popen(
                 words,
-                env=os.environ | heap_env() | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": _pick_gpu(place.local_rank)},
+                env=os.environ
+                | heap_env(order.config.train.compact_heap)
+                | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": _pick_gpu(place.local_rank)},
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output and subprocess.STDOUT,
