@@ -4,8 +4,9 @@
 
 Two ranks of one thread each for every engine, the same checkpoint, tokens, element type and optimizer. Ranks of longctx
 have the heap settings that it starts them with (train.compact_heap) and, as longctx-loose-heap, the C library's own,
-which all peers have; with --peers-heap the peers have longctx's too: it saves them memory and costs them time. Engines stay up and take turns step by step, each round in another order; one step of each warms up.
-DDP's ranks share no sequence, so it takes two in a step: its tokens count twice.
+which all peers have; with --peers-heap the peers have longctx's, too: it saves them memory and costs them time. Engines
+stay up and take turns step by step, each round in another order; one step of each warms up. DDP's ranks share no
+sequence, so it takes two in a step: its tokens count twice.
 """
 
 import argparse
@@ -44,7 +45,14 @@ class Engine:
         path.write_text(json.dumps(specification))
         self._ranks = [
             ProcessTree(
-                [sys.executable, "-m", "benchmarks.training_rank", name.removesuffix("-loose-heap"), str(rank), str(path)],
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.training_rank",
+                    name.removesuffix("-loose-heap"),
+                    str(rank),
+                    str(path),
+                ],
                 folder / f"{name}-{rank}.log",
                 env=env | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
                 cwd=REPOSITORY,

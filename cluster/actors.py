@@ -12,10 +12,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
-from cluster.decode_worker import DecodeWorker
-from cluster.prefill_worker import PrefillWorker
 from cluster.rank_worker import RankWorker
 from cluster.ray_handle import RayHandle, find_worker
+from cluster.serving_worker import ServingWorker
 from longctx.errors import LongctxError
 from longctx.terminal_log import log_to_terminal
 
@@ -24,20 +23,12 @@ PLACE_TIMEOUT_S = 60.0
 MAX_CALLS = 1024  # coroutines of one actor at a time
 
 
-class PrefillActor(PrefillWorker):
-    """A prefill worker in a process of its own."""
+class WorkerActor(ServingWorker):
+    """A worker in a process of its own."""
 
-    def __init__(self, name: str, config: ServeConfig) -> None:
-        config, ranks = _on_this_node(name, config), _find_ranks(name, self.role, config)
-        super().__init__(name, config, node_id=_node_id(), ranks=ranks, on_lost=_end_process)
-
-
-class DecodeActor(DecodeWorker):
-    """A decode worker in a process of its own."""
-
-    def __init__(self, name: str, config: ServeConfig) -> None:
-        config, ranks = _on_this_node(name, config), _find_ranks(name, self.role, config)
-        super().__init__(name, config, node_id=_node_id(), ranks=ranks, on_lost=_end_process)
+    def __init__(self, name: str, role: str, config: ServeConfig) -> None:
+        config, ranks = _on_this_node(name, config), _find_ranks(name, role, config)
+        super().__init__(name, role, config, node_id=_node_id(), ranks=ranks, on_lost=_end_process)
 
 
 class RankActor(RankWorker):
@@ -45,9 +36,6 @@ class RankActor(RankWorker):
 
     def __init__(self, name: str, role: str, config: ServeConfig) -> None:
         super().__init__(name, role, _on_this_node(name, config), node_id=_node_id(), on_lost=_end_process)
-
-
-ACTORS = {"prefill": PrefillActor, "decode": DecodeActor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +89,7 @@ def create_worker(
             rank_name = _rank_name(name, rank)
             actor = ray.remote(RankActor).options(name=rank_name, **place(rank)).remote(rank_name, role, config)
             ranks.append(RayHandle(rank_name, role, actor))
-        actor = ray.remote(ACTORS[role]).options(name=name, **place(0)).remote(name, config)
+        actor = ray.remote(WorkerActor).options(name=name, **place(0)).remote(name, role, config)
     except ValueError:
         for handle in ranks:
             ray.kill(handle.actor, no_restart=True)

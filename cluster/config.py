@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from cluster.policies import POLICIES
 from longctx.attention.config import AttentionConfig
 from longctx.engine.config import EngineConfig
 from longctx.machine import MachineConfig
@@ -11,7 +12,6 @@ from parallel.links import LinkModel
 from parallel.option import option, parse_size
 from parallel.plans import PLANS
 
-POLICY_NAMES = ("shortest_queue",)
 PLAN_NAMES = ("auto", *PLANS)
 
 
@@ -59,7 +59,11 @@ class ClusterConfig:
     local_prefill_tokens: int = option(
         512, "prompts with at most this many uncached tokens are computed where they are decoded", minimum=0
     )
-    policy: str = option("shortest_queue", "how workers are picked", choices=POLICY_NAMES)
+    policy: str = option(
+        "shortest_queue",
+        "how workers are picked; splitwise also lets them do what they were not started for when queues are long",
+        choices=tuple(POLICIES),
+    )
     worker_cpus: float | None = option(
         None, "CPUs that Ray reserves for each process; null: the cluster's divided by the processes", above=0
     )

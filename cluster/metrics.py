@@ -32,6 +32,7 @@ GAUGES: tuple[tuple[str, str, Callable[[WorkerStats], float]], ...] = (
     ("num_pages_cached", "Free pages that still hold a shared prefix", lambda worker: worker.engine.num_pages_cached),
     ("page_size", "Tokens per page", lambda worker: worker.engine.page_size),
     ("kv_bytes", "KV budget in bytes", lambda worker: worker.engine.kv_bytes),
+    ("worker_mixed", "1 while it has work that it was not started for", lambda worker: float(worker.pool == "mixed")),
     ("worker_alive", "1 while the worker answers", lambda worker: float(worker.alive)),
 )
 COUNTERS: tuple[tuple[str, str, Callable[[WorkerStats], float]], ...] = (

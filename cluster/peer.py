@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ from longctx.messages import SEED_BITS, EngineStats, GenerationRequest, OutputDe
 
 T = TypeVar("T")
 
+PREFILL_WINDOW = 4  # a worker is given this many batches' prompt tokens at most, or one prompt
+
 
 @dataclass(slots=True, eq=False)
 class WorkerPeer:
@@ -26,12 +28,13 @@ class WorkerPeer:
     handle: WorkerHandle
     call_timeout_s: float  # for what it answers between two steps
     info: WorkerInfo | None = None
-    transports: tuple[str, ...] = ()  # prefill workers: what they can send with
+    transports: tuple[str, ...] = ()  # what it can send with
     is_alive: bool = False
     reason: str = "it is loading the model"  # why not alive
     stats: WorkerStats | None = None
     pending_tokens: int = 0  # prompt tokens placed here that are to be computed
-    num_requests: int = 0  # placed here, not finished
+    num_prompts: int = 0  # placed here to be computed for another worker, and not yet there
+    num_requests: int = 0  # placed here to be decoded, not finished
     prefixes: PlacedPrefixes = field(default_factory=PlacedPrefixes)
     _answers: set[asyncio.Future[Any]] = field(default_factory=set)  # awaited
 
@@ -53,8 +56,7 @@ class WorkerPeer:
         start = self.handle.call("start")
         info: WorkerInfo = await _within(config.start_timeout_s, start, failure="it did not load the model in")
         await self.call("reset")
-        if self.role == "prefill":
-            self.transports = await self.call("transports")
+        self.transports = await self.call("transports")
         self.prefixes.clear()
         self.info, self.is_alive, self.reason = info, True, ""
         return info
@@ -91,8 +93,18 @@ class WorkerPeer:
         for answer in self._answers:
             answer.cancel()
 
-    def load(self, flight: "Flight") -> WorkerLoad:
-        """What a policy sees when it places ``flight``."""
+    @property
+    def pool(self) -> str:
+        """What it does at the moment: its role, or ``"mixed"`` with work that it was not started for."""
+        return "mixed" if self.load().is_mixed else self.role
+
+    def load(self, digests: Sequence[bytes] = (), *, batch_tokens: int = 0) -> WorkerLoad:
+        """What a policy sees when it places a prompt with these prefixes.
+
+        Args:
+            digests: of the prompt's prefixes.
+            batch_tokens: of one step of one rank.
+        """
         engine = self.stats.engine if self.stats else EngineStats()
         return WorkerLoad(
             self.name,
@@ -100,7 +112,10 @@ class WorkerPeer:
             self.pending_tokens,
             self.num_requests,
             num_free_pages=engine.num_pages - engine.num_pages_used,
-            num_cached_tokens=self.prefixes.count_tokens(flight.digests),
+            num_cached_tokens=self.prefixes.count_tokens(digests),
+            role=self.role,
+            num_prompts=self.num_prompts,
+            max_pending_tokens=PREFILL_WINDOW * batch_tokens * self.sp_degree,
         )
 
     def count_uncached(self, flight: "Flight") -> int:
@@ -137,6 +152,7 @@ class WorkerPeer:
             bytes_shipped=known.bytes_shipped,
             sp_degree=self.sp_degree,
             alive=self.is_alive,
+            pool=self.pool,
         )
 
 
@@ -148,7 +164,7 @@ class Flight:
     request: GenerationRequest  # as the workers know it
     buffer: DeltaBuffer = field(default_factory=DeltaBuffer)
     decode: WorkerPeer | None = None
-    prefill: WorkerPeer | None = None  # while it computes or ships the prompt
+    prefill: WorkerPeer | None = None  # while it computes or ships the prompt; may be the one that decodes
     num_pending_tokens: int = 0  # what it adds to that one's
     digests: list[bytes] = field(default_factory=list)  # of the prompt's prefixes
     outputs: list[list[int] | None] = field(default_factory=list)  # what the client has; None: that sequence has ended

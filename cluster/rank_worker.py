@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cluster.config import ServeConfig
 from cluster.messages import RankReport, RankStart
-from cluster.shipping import choose_sending_pool, open_receivers, open_senders
+from cluster.shipping import choose_sending_pool, open_receivers, open_senders, receives, sends
 from longctx.engine.build import build_rank
 from longctx.errors import WorkerLostError
 from longctx.shards.group import ShardGroup
@@ -139,13 +139,13 @@ class RankWorker:
         group = GlooGroup(start.rank, start.world_size, meeting=start.meeting, address=address, timeout_s=timeout_s)
         plan = cluster.group_of(self.role).plan
         shards = ShardGroup(group, self.node_id, PlanChoice(plan, start.links), cluster.call_timeout_s)
-        make_pool = choose_sending_pool(transport) if self.role == "prefill" else None
+        make_pool = choose_sending_pool(transport) if sends(cluster, self.role) else None
         rank = build_rank(
             self.config.model, self.config.engine, shards, attention=self.config.attention, make_pool=make_pool
         )
-        if self.role == "prefill":
+        if sends(cluster, self.role):
             self._senders = open_senders(rank.pool, transport)
-        elif cluster.num_prefill_workers:
+        if receives(cluster, self.role):
             self._receivers = open_receivers(
                 rank.pool,
                 transport,

@@ -5,10 +5,10 @@
     client <- deltas <- one long poll per worker, all requests together <- D
 
 Prompts enter first come, first served; a prefill worker is given only so many tokens at a time, so that leases do not
-wait in its queue. Who dies or freezes is noticed by its poll, and costs time, not text: for a lost prefill worker the
-decode worker computes the prompt, for a lost decode worker another one goes on behind the last token that the client
-has. (Over 300 lines: placing, leaving and following are one state machine over the same fields; what concerns one
-worker or request alone is in ``peer.py``.)
+wait in its queue. Under a policy that repurposes, any worker may be P or D, or both for one request. Who dies or
+freezes is noticed by its poll, and costs time, not text: for a lost P the decode worker computes the prompt, for a lost
+D another one goes on behind the last token that the client has. (Over 300 lines: placing, leaving and following are one
+state machine over the same fields; what concerns one worker or request alone is in ``peer.py``.)
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from cluster.handle import WorkerHandle
 from cluster.messages import Admission, WorkerReport
 from cluster.peer import Flight, WorkerPeer, make_flight
 from cluster.policies import POLICIES
-from cluster.policies.policy import Policy
+from cluster.policies.policy import Policy, WorkerLoad
 from cluster.serving import Health, NotReadyError, PromptTokenizer, ServedModel, WorkerStats
 from longctx.errors import LongctxError, QueueFullError, WorkerLostError
 from longctx.messages import GenerationRequest, OutputDelta
@@ -34,7 +34,6 @@ REJOIN_INTERVAL_S = 0.5  # between two attempts to reach a lost worker
 FULL_WAIT_S = 0.05  # longest wait before a full worker is asked again
 MAX_TRIES = 3  # decode workers that may be lost under one request
 STOPPING = "the server is stopping"
-PREFILL_WINDOW = 4  # a prefill worker holds this many batches' tokens at most, or one prompt
 
 
 class Router:
@@ -120,7 +119,12 @@ class Router:
 
     @property
     def _has_decode(self) -> bool:
-        return any(peer.is_alive and peer.role == "decode" for peer in self._peers)
+        return any(peer.is_alive for peer in self._decoders)
+
+    @property
+    def _decoders(self) -> list[WorkerPeer]:
+        """The workers that may generate."""
+        return [peer for peer in self._peers if self._policy.repurposes or peer.role == "decode"]
 
     async def _wait_for_place(self, flight: Flight) -> None:
         self._num_waiting += 1
@@ -149,12 +153,16 @@ class Router:
         full: set[str] = set()
         while True:
             prefill, decode = self._choose(flight, transfers=transfers, full=full)
-            if decode is None or (prefill is not None and not self._has_window(prefill, flight)):
+            if decode is None or (
+                prefill is not None and self._load(prefill, flight).has_long_queue(flight.num_tokens)
+            ):
                 return False
-            admission = await self._admit(flight, prefill, decode)
+            admission = await self._admit(flight, None if prefill is decode else prefill, decode)
             if admission.kind != "full":
                 break
             full.add(decode.name)
+        if admission.kind == "local":
+            self._expect_prompt(flight, decode)
         decode.expect(flight)
         if admission.kind == "leased":
             assert prefill is not None
@@ -178,16 +186,21 @@ class Router:
 
     async def _prefill(self, flight: Flight, prefill: WorkerPeer, decode: WorkerPeer, admission: Admission) -> None:
         """Let a prefill worker fill the lease; if it cannot, the decode worker computes the prompt itself."""
-        flight.prefill = prefill
-        flight.num_pending_tokens = prefill.count_uncached(flight)
-        prefill.pending_tokens += flight.num_pending_tokens
-        prefill.num_requests += 1
+        self._expect_prompt(flight, prefill)
         prefill.expect(flight)
         try:
             await self._call(prefill, "prefill", flight.request, admission.grants)
         except (LongctxError, TimeoutError) as error:
-            self._leave_prefill(flight)
+            self._expect_prompt(flight, decode)
             await self._call(decode, "compute_here", flight.request.request_id, str(error))
+
+    def _expect_prompt(self, flight: Flight, peer: WorkerPeer) -> None:
+        """From now on ``peer`` is to compute the prompt, and nobody else."""
+        self._leave_prefill(flight)
+        flight.prefill = peer
+        flight.num_pending_tokens = peer.count_uncached(flight)
+        peer.pending_tokens += flight.num_pending_tokens
+        peer.num_prompts += peer is not flight.decode
 
     def _choose(
         self, flight: Flight, *, transfers: bool, full: set[str]
@@ -196,21 +209,21 @@ class Router:
         if self._is_stopping or not self._has_decode:
             raise self._not_ready()
         alive = {peer.name: peer for peer in self._peers if peer.is_alive}
-        decode = [peer.load(flight) for peer in alive.values() if peer.role == "decode"]
-        prefill = [peer.load(flight) for peer in alive.values() if peer.role == "prefill"] if transfers else []
-        decode = [load for load in decode if load.name not in full]
+        loads = [self._load(peer, flight) for peer in alive.values()]
+        any_role = self._policy.repurposes
+        decode = [load for load in loads if (any_role or load.role == "decode") and load.name not in full]
+        prefill = [load for load in loads if transfers and (any_role or load.role == "prefill")]
         if not decode:
             return None, None
         computer, generator = self._policy.choose(prefill, decode, num_tokens=flight.num_tokens)
         return alive[computer.name] if computer else None, alive[generator.name]
 
-    def _not_ready(self) -> NotReadyError:
-        lost = "; ".join(f"{peer.name}: {peer.reason}" for peer in self._peers if peer.role == "decode")
-        return NotReadyError(STOPPING if self._is_stopping else f"no decode worker is ready ({lost})")
+    def _load(self, peer: WorkerPeer, flight: Flight) -> WorkerLoad:
+        return peer.load(flight.digests, batch_tokens=self._config.engine.max_batch_tokens)
 
-    def _has_window(self, peer: WorkerPeer, flight: Flight) -> bool:
-        window = PREFILL_WINDOW * self._config.engine.max_batch_tokens * peer.sp_degree
-        return peer.pending_tokens == 0 or peer.pending_tokens + peer.count_uncached(flight) <= window
+    def _not_ready(self) -> NotReadyError:
+        lost = "; ".join(f"{peer.name}: {peer.reason}" for peer in self._decoders)
+        return NotReadyError(STOPPING if self._is_stopping else f"no decode worker is ready ({lost})")
 
     async def _wait_for_change(self) -> None:
         with suppress(TimeoutError):
@@ -234,17 +247,17 @@ class Router:
         self._flights[flight.request.request_id] = flight
 
     def _leave(self, flight: Flight, *, cancels: bool) -> None:
-        peers = [peer for peer in (flight.prefill, flight.decode) if peer is not None]
+        peers = [flight.decode] if flight.prefill is flight.decode else [flight.prefill, flight.decode]
         self._leave_prefill(flight)
         self._leave_decode(flight)
-        for peer in peers if cancels else ():
+        for peer in (peer for peer in peers if cancels and peer is not None):
             self._spawn(self._cancel_at(peer, flight.request.request_id))
 
     def _leave_prefill(self, flight: Flight) -> None:
         peer, flight.prefill = flight.prefill, None
         if peer is not None:
             peer.pending_tokens -= flight.num_pending_tokens
-            peer.num_requests -= 1
+            peer.num_prompts -= peer is not flight.decode
             self._note_change()
 
     def _leave_decode(self, flight: Flight) -> None:
@@ -281,7 +294,7 @@ class Router:
             return
         logger.error("%s is lost: %s", peer.name, reason)
         peer.lose(reason)
-        if peer.role == "decode":
+        if peer in self._decoders:
             self._lost_at = asyncio.get_running_loop().time()
         for flight in list(self._flights.values()):
             if flight.decode is peer:
@@ -292,8 +305,10 @@ class Router:
 
     def _recover(self, flight: Flight, reason: str) -> None:
         """The prefill worker cannot: the decode worker computes the prompt itself."""
-        self._leave_prefill(flight)
-        if flight.decode is not None:
+        if flight.decode is None:
+            self._leave_prefill(flight)
+        else:
+            self._expect_prompt(flight, flight.decode)
             self._spawn(self._compute_at(flight.decode, flight.request.request_id, reason))
 
     async def _compute_at(self, decode: WorkerPeer, request_id: str, reason: str) -> None:
@@ -305,7 +320,7 @@ class Router:
             peer.stats = report.stats
         for request_id, reason in report.finished:
             flight = self._flights.get(request_id)
-            if flight is not None and flight.prefill is peer:
+            if flight is not None and flight.prefill is peer and flight.decode is not peer:
                 if reason:
                     self._recover(flight, reason)
                 else:
@@ -314,6 +329,8 @@ class Router:
         for delta in report.deltas:
             flight = self._flights.get(delta.request_id)
             if flight is not None and flight.decode is peer:
+                if flight.prefill is peer:  # the prompt is computed
+                    self._leave_prefill(flight)
                 flight.buffer.put((delta,))
             elif delta.finish_reason is None:
                 unknown.add(delta.request_id)

@@ -45,6 +45,7 @@ class WorkerStats:
     transport: str = ""  # how its KV travels; empty if it does not
     bytes_shipped: int = 0  # KV bytes sent to other workers since the start
     sp_degree: int = 1  # ranks that share its sequences
+    pool: str = ""  # "mixed" while it has work that it was not started for, else its role
     alive: bool = True  # false: lost; ``engine`` is what was last heard
 
 

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable
 
+from cluster.config import ClusterConfig
+from cluster.policies import POLICIES
 from longctx.engine.build import MakePool
 from memory.config import TransportConfig
 from memory.layout import KVLayout
@@ -10,6 +12,16 @@ from memory.pages import PagePool
 from memory.transport import TRANSPORTS, KVReceiver, KVSender
 
 logger = logging.getLogger(__name__)
+
+
+def sends(cluster: ClusterConfig, role: str) -> bool:
+    """Whether a worker of this role computes prompts for others."""
+    return cluster.num_prefill_workers > 0 and (role == "prefill" or POLICIES.get(cluster.policy).repurposes)
+
+
+def receives(cluster: ClusterConfig, role: str) -> bool:
+    """Whether a worker of this role decodes prompts that others compute."""
+    return cluster.num_prefill_workers > 0 and (role == "decode" or POLICIES.get(cluster.policy).repurposes)
 
 
 def choose_sending_pool(config: TransportConfig) -> MakePool:

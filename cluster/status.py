@@ -12,7 +12,7 @@ from longctx.errors import LongctxError
 
 TIMEOUT_S = 10.0
 _COLUMNS = (
-    "worker", "role", "state", "host", "pid", "ranks", "device", "dtype", "attention", "transport",
+    "worker", "role", "pool", "state", "host", "pid", "ranks", "device", "dtype", "attention", "transport",
     "running", "waiting", "pages used", "pages cached", "pages", "KV shipped", "preempted",
 )  # fmt: skip
 
@@ -58,6 +58,7 @@ def _describe_worker(worker: dict[str, Any]) -> tuple[str, ...]:
     return (
         worker["name"],
         worker["role"],
+        worker["pool"] or worker["role"],
         "alive" if worker["alive"] else "lost",
         worker["host"],
         str(worker["pid"]),

@@ -1,4 +1,4 @@
-"""What prefill and decode workers share: an engine on its own thread, and an outbox that the router polls.
+"""An engine on its own thread, and an outbox that the router polls; ``cluster/serving_worker.py`` says what it does.
 
 Plain classes; ``cluster/actors.py`` makes Ray actors of them. Their coroutines run on one event loop, apart from the
 engine's thread: the worker answers while a long step computes.
@@ -43,24 +43,24 @@ class Worker(ABC):
 
     Args:
         name: unique in the deployment.
+        role: which of the configuration's groups says what it is like.
         config: of the deployment.
         node_id: of the machine; workers with equal ones share /dev/shm.
         ranks: the other ranks that share its sequences; this is rank 0.
         on_lost: called once one of them is lost, or the engine fails, with the reason; from any thread.
     """
 
-    role: str
-
     def __init__(
         self,
         name: str,
+        role: str,
         config: ServeConfig,
         *,
         node_id: str = "",
         ranks: Sequence[WorkerHandle] = (),
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.role = name, role
         self.config = config
         self.node_id = node_id or socket.gethostname()
         self.incarnation = uuid.uuid4().hex
@@ -89,7 +89,7 @@ class Worker(ABC):
                 self._loop = asyncio.get_running_loop()
                 self._engine = await self._start_engine()
                 try:
-                    self._open(self._engine)
+                    self._open()
                 except BaseException:
                     self._engine = None
                     raise
@@ -266,16 +266,16 @@ class Worker(ABC):
             sp_degree=self.ranks.sp_degree,
         )
 
+    @abstractmethod
     def _take_arrival(self, rank: int, request_id: str, payload: bytes | None, reason: str) -> None:
-        """A lease on another rank's pages has ended: committed, or failed for a reason. Decode workers grant them."""
-        raise AssertionError(f"{self.name} grants no leases")
+        """A lease on another rank's pages has ended: committed, or failed for a reason."""
 
     @abstractmethod
     def _make_pool(self) -> MakePool | None:
         """How the page pool is allocated; None: plain memory."""
 
     @abstractmethod
-    def _open(self, engine: Engine) -> None:
+    def _open(self) -> None:
         """Open the transports, once the engine is there."""
 
     @abstractmethod

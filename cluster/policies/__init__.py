@@ -2,4 +2,11 @@
 
 from parallel.registry import Registry
 
-POLICIES = Registry("policy", {"shortest_queue": "cluster.policies.shortest_queue:ShortestQueue"})
+POLICIES = Registry(
+    "policy",
+    {
+        "shortest_queue": "cluster.policies.shortest_queue:ShortestQueue",
+        "splitwise": "cluster.policies.splitwise:Splitwise",
+        "cache_aware": "cluster.policies.cache_aware:CacheAware",
+    },
+)

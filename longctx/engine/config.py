@@ -14,6 +14,12 @@ class EngineConfig:
     kv_bytes: str = option("auto", "KV budget, as 4GiB; auto: a share of the free memory", parse=parse_budget)
     page_size: int | None = option(None, "tokens per page; null: what the attention implementation prefers", minimum=1)
     max_batch_tokens: int = option(2048, "tokens computed in one step, prefill chunks and decode together", minimum=16)
+    mixed_share: float = option(
+        0.25,
+        "of those tokens that prompts get while sequences decode: more is a faster first token, slower others",
+        above=0,
+        maximum=1,
+    )
     max_sequences: int = option(128, "sequences decoded together at most", minimum=1)
     max_waiting: int = option(512, "requests that may wait before new ones are refused", minimum=1)
     prefix_cache: bool = option(True, "share the pages of equal prompt prefixes")

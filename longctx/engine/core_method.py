@@ -70,6 +70,7 @@ class CoreMethod:
             rows,
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
+            mixed_share=config.mixed_share,
             capacity=self._capacity,
             sizes_of=self.sizes_of,
             below=below,

@@ -24,7 +24,7 @@ class CoreScheduler(Scheduler):
     Args:
         cache: gives and takes pages; not enabled.
         rows: the decoding sequences.
-        max_batch_tokens, max_sequences: as there.
+        max_batch_tokens, max_sequences, mixed_share: as there.
         capacity: how many pages sequences need.
         sizes_of: groups and windows of a request that was checked.
         below: where pages are kept that leave the window; None: they are not.
@@ -39,12 +39,15 @@ class CoreScheduler(Scheduler):
         *,
         max_batch_tokens: int,
         max_sequences: int,
+        mixed_share: float = 0.25,
         capacity: CoreCapacity,
         sizes_of: Callable[[GenerationRequest], CoreSizes],
         below: LowerPages | None = None,
     ) -> None:
         assert not cache.enabled
-        super().__init__(cache, rows, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        super().__init__(
+            cache, rows, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, mixed_share=mixed_share
+        )
         self._capacity, self._sizes_of, self._below = capacity, sizes_of, below
 
     def allocate(self, sequence: Sequence) -> bool:

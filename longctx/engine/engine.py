@@ -183,6 +183,8 @@ class Engine:
     def step(self) -> list[OutputDelta]:
         """Compute one batch; returns what became known of each sequence that got a token."""
         chunks = self._scheduler.schedule()
+        if self._scheduler.is_blocked and self._reserved:
+            self._give_exports_back()
         decoding = list(self._rows.sequences)
         if not chunks and not decoding:
             return []
@@ -300,6 +302,20 @@ class Engine:
             active = self._requests.pop(request_id)
             self._drop_sequences(active)
             self._announcer.fail(active, reason)
+
+    def _give_exports_back(self) -> None:
+        """Prompts for others that wait for pages which prompts from others hold: those may be waiting for these.
+
+        Their receivers have pages for them, and compute them themselves.
+        """
+        for sequence in list(self._scheduler.waiting):
+            active = sequence.active
+            if active.export is not None:
+                del self._requests[active.request_id]
+                self._drop_sequences(active)
+                self._announcer.fail(
+                    active, "no page is left for it, and pages are reserved for prompts from elsewhere"
+                )
 
     def _drop_sequences(self, active: ActiveRequest) -> None:
         for sequence in active.sequences:

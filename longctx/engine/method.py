@@ -65,6 +65,7 @@ class DenseMethod:
             self.rows,
             max_batch_tokens=config.max_batch_tokens,
             max_sequences=config.max_sequences,
+            mixed_share=config.mixed_share,
             rope_lengths=_rope_lengths(decoder),
         )
         if make_runner is not None:

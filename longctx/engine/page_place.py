@@ -33,8 +33,8 @@ class PagePlace:
 
 
 def make_near(layout: KVLayout, num_pages: int, place: PagePlace) -> PagePool:
-    """Pages near the compute."""
-    if place.make_pool is not None:
+    """Pages near the compute; on a GPU they are sent by way of a buffer in host memory."""
+    if place.make_pool is not None and place.device.type == "cpu":
         return place.make_pool(layout, num_pages)
     return PagePool(layout, num_pages, device=place.device)
 

@@ -2,7 +2,8 @@
 
 A step computes one token of every decoding sequence and fills up with chunks of prompts, first come, first served. A
 prompt gets all its pages when it starts; a decoding sequence gets one more each time its last one is full. When none is
-left, the sequence that arrived last gives its pages up and is computed again later, so the oldest always advances.
+left, the sequence that arrived last gives its pages up and is computed again later, before all that arrived after it;
+one that has done so several times is spared while others can.
 """
 
 import logging
@@ -16,7 +17,7 @@ from memory.prefix_cache import DigestChain, PrefixCache
 
 logger = logging.getLogger(__name__)
 
-MIXED_SHARE = 4  # while sequences decode, prompts get 1/4 of a step's tokens: no decode waits for a full prefill step
+MAX_PREEMPTIONS = 4  # of one sequence, while there is another to preempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Scheduler:
         rows: the decoding sequences.
         max_batch_tokens: tokens of one step, raised to a page where a page is larger.
         max_sequences: sequences that decode, or will once their prompt is computed, at one time.
+        mixed_share: of those tokens that prompts get while sequences decode.
         rope_lengths: which sequences must not share pages, and when one is computed again.
     """
 
@@ -51,6 +53,7 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         max_sequences: int,
+        mixed_share: float = 0.25,
         rope_lengths: RopeLengths = INDEPENDENT,
     ) -> None:
         self.cache = cache
@@ -63,6 +66,7 @@ class Scheduler:
         self._layout = cache.pool.layout
         self._max_batch_tokens = max_batch_tokens
         self._max_sequences = max_sequences
+        self._mixed_tokens = int(max_batch_tokens * mixed_share)
         self._rope_lengths = rope_lengths
 
     @property
@@ -224,19 +228,20 @@ class Scheduler:
     def _latest(self) -> Sequence:
         """The sequence to preempt. Exported prompts are not: somebody may be reading their pages."""
         candidates = self.rows.sequences + [s for s in self.prefilling if s.active.export is None]
-        return max(candidates, key=_key)
+        return max(candidates, key=lambda sequence: (sequence.num_preemptions < MAX_PREEMPTIONS, _key(sequence)))
 
     def _preempt(self, sequence: Sequence) -> None:
         logger.debug("preempting %s: no page is left", sequence.active.request_id)
         self.drop(sequence)
         self.enqueue(sequence)
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def _prefill_budget(self) -> int:
         num_decodes = len(self.rows.sequences)
         budget = self._max_batch_tokens - num_decodes
         if num_decodes:
-            budget = min(budget, self._max_batch_tokens // MIXED_SHARE)
+            budget = min(budget, self._mixed_tokens)
         return max(budget, self._layout.page_size)
 
     def _admit(self, sequence: Sequence) -> bool:

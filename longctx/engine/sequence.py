@@ -124,8 +124,8 @@ class Sequence:
     """One continuation of a prompt: its tokens, its pages and how far its KV is computed."""
 
     __slots__ = (
-        "active", "chain", "cores", "index", "key", "num_computed", "num_remembered", "outputs", "pages", "rope_floor",
-        "row", "sampler", "text",
+        "active", "chain", "cores", "index", "key", "num_computed", "num_preemptions", "num_remembered", "outputs",
+        "pages", "rope_floor", "row", "sampler", "text",
     )  # fmt: skip
 
     def __init__(self, active: ActiveRequest, index: int, sampler: SamplerState) -> None:
@@ -141,6 +141,7 @@ class Sequence:
         self.cores: CorePages | None = None  # under CCA attention, while it holds pages
         self.num_computed = 0  # tokens whose KV lies in ``pages``
         self.num_remembered = 0  # pages the prefix cache was told of
+        self.num_preemptions = 0  # times that it gave its pages up for others
         self.row = -1  # index among the decode rows; -1: not decoding
 
     @property

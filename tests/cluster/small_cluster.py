@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig, DecodeConfig, PrefillConfig, ServeConfig
-from cluster.decode_worker import DecodeWorker
 from cluster.delta_buffer import merge_deltas
 from cluster.handle import LocalHandle, WorkerHandle
-from cluster.prefill_worker import PrefillWorker
 from cluster.rank_worker import RankWorker
 from cluster.router import Router
 from cluster.serving import describe_model
-from cluster.worker import Worker
+from cluster.serving_worker import ServingWorker
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.messages import EngineStats, GenerationRequest, OutputDelta
@@ -31,7 +29,6 @@ from tests.longctx.engines import check_pages, run
 
 TRANSPORTS = ("tcp", "shared_memory")
 WAIT_S = 60.0  # longer than anything here takes
-WORKERS = {"prefill": PrefillWorker, "decode": DecodeWorker}
 
 
 def make_config(
@@ -106,7 +103,7 @@ class SmallCluster:
     """A router and its workers; ``workers`` has those of this process, by name, ``ranks`` their other ranks."""
 
     def __init__(
-        self, config: ServeConfig, workers: dict[str, Worker], ranks: dict[str, list[RankWorker]], router: Router
+        self, config: ServeConfig, workers: dict[str, ServingWorker], ranks: dict[str, list[RankWorker]], router: Router
     ) -> None:
         self.config, self.workers, self.ranks, self.router = config, workers, ranks, router
 
@@ -153,9 +150,11 @@ class SmallCluster:
             leases = sum(
                 receiver.num_leases
                 for worker in self.workers.values()
-                if isinstance(worker, DecodeWorker)
-                for part in (worker, *self.ranks[worker.name])
-                for receiver in part._receivers.values()
+                for receivers in (
+                    worker.decode_side.receivers,
+                    *(rank._receivers for rank in self.ranks[worker.name]),
+                )
+                for receiver in receivers.values()
             )
             held = [(s.num_pages_used, s.num_running, s.num_waiting, s.details["num_reserved"]) for s in stats]
             return not leases and all(counts == (0, 0, 0, 0) for counts in held)
@@ -175,7 +174,9 @@ async def start_cluster(config: ServeConfig, *others: WorkerHandle, waits: bool 
     handles = {handle.name: handle for handle in others}
     here = [(name, role) for name, role in worker_names(config) if name not in handles]
     ranks = {name: make_ranks(name, role, config) for name, role in here}
-    workers = {name: WORKERS[role](name, config, ranks=list(map(LocalHandle, ranks[name]))) for name, role in here}
+    workers = {
+        name: ServingWorker(name, role, config, ranks=list(map(LocalHandle, ranks[name]))) for name, role in here
+    }
     handles |= {name: LocalHandle(worker) for name, worker in workers.items()}
     spec = inspect_checkpoint(config.model.path)
     router = Router(

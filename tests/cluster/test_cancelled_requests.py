@@ -26,7 +26,7 @@ async def cancel(task):
 
 
 def bytes_received(cluster):
-    return sum(receiver.bytes_received for receiver in cluster.workers["decode-0"]._receivers.values())
+    return sum(receiver.bytes_received for receiver in cluster.workers["decode-0"].decode_side.receivers.values())
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

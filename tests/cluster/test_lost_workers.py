@@ -59,7 +59,7 @@ def test_prefill_worker_is_lost_while_it_ships(folder, expected, transport, hit)
     async def scenario():
         async with open_worker("prefill-0", "prefill", config) as prefill, start_cluster(config, prefill) as cluster:
             task = asyncio.create_task(cluster.answer(make_request("r", make_prompt(0, LONG))))
-            receiver = cluster.workers["decode-0"]._receivers[transport]
+            receiver = cluster.workers["decode-0"].decode_side.receivers[transport]
             await wait_until(lambda: receiver.bytes_received)
             getattr(prefill, hit)()
             assert receiver.num_leases == 1, "the prompt was shipped before the worker was hit"
@@ -83,7 +83,7 @@ def test_the_lease_of_a_frozen_sender_runs_out(folder, expected, transport):
     async def scenario():
         async with open_worker("prefill-0", "prefill", config) as prefill, start_cluster(config, prefill) as cluster:
             task = asyncio.create_task(cluster.answer(make_request("r", make_prompt(0, LONG))))
-            receiver = cluster.workers["decode-0"]._receivers[transport]
+            receiver = cluster.workers["decode-0"].decode_side.receivers[transport]
             await wait_until(lambda: receiver.bytes_received)
             prefill.freeze()
             answer = await task

@@ -7,9 +7,11 @@ from cluster.policies import POLICIES
 from cluster.policies.policy import WorkerLoad
 from tests.cluster.small_cluster import make_prompt
 
+ROLES = {"p": "prefill", "d": "decode"}
 
-def load(name, *, node="a", pending=0, requests=0, free=100, cached=0):
-    return WorkerLoad(name, node, pending, requests, free, cached)
+
+def load(name, *, node="a", pending=0, requests=0, free=100, cached=0, prompts=0, limit=8192):
+    return WorkerLoad(name, node, pending, requests, free, cached, ROLES[name[0]], prompts, limit)
 
 
 IDLE = [load("d0"), load("d1")]
@@ -39,6 +41,58 @@ def test_shortest_queue(case):
     prefill, decode, expected = CASES[case]
     computer, generator = POLICIES.get("shortest_queue")().choose(prefill, decode, num_tokens=1000)
     assert (computer and computer.name, generator.name) == expected
+
+
+P0, P1, D0, D1 = load("p0"), load("p1"), load("d0"), load("d1")
+BUSY = {"pending": 7500, "prompts": 3}  # a prompt of 1,000 more is too much
+POOLS = {
+    "everybody at home": ([P0, P1, D0, D1], [], ("p0", "d0")),
+    "the prompt pool before the mixed one": ([load("p0", pending=7000), load("p1", requests=1), D0], [], ("p0", "d0")),
+    "the mixed pool before the token pool": (
+        [load("p0", **BUSY), load("d0", pending=10, prompts=1), D1], [], ("d0", "d1"),
+    ),
+    "a worker of the token pool": ([load("p0", **BUSY), load("d0", requests=9), D1], [], ("d1", "d1")),
+    "one that has its own queue": (
+        [load("p0", **BUSY), load("d0", pending=5, requests=1), load("d1", requests=2)], [], ("d1", "d0"),
+    ),
+    "long queues everywhere": (
+        [load("p0", **BUSY), load("d0", pending=7600, prompts=1), load("d1", pending=7400, prompts=1)],
+        [], ("d1", "d0"),
+    ),
+    "an idle worker takes a prompt of any length": ([load("p0", limit=10), D0], [], ("p0", "d0")),
+    "what is cached makes no queue": ([load("p0", pending=7500, prompts=1, cached=640), D0], [], ("p0", "d0")),
+    "tokens in the mixed pool": ([P0, P1, load("d0", prompts=1), D1], ["d1"], ("p0", "d0")),
+    "tokens in the prompt pool": ([load("p0", pending=10, prompts=1), P1, D0], ["d0"], ("p1", "p0")),
+    "home again": ([P0, load("d0", pending=10, prompts=0, requests=3)], [], ("p0", "d0")),
+    "no token worker": ([P0, P1], [], ("p0", "p0")),
+    "no prompt worker": ([D0, D1], [], ("d0", "d0")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", POOLS)
+def test_splitwise(case):
+    workers, full, expected = POOLS[case]
+    decode = [worker for worker in workers if worker.name not in full]
+    computer, generator = POLICIES.get("splitwise")().choose(workers, decode, num_tokens=1000)
+    assert (computer.name, generator.name) == expected
+
+
+SESSIONS = {
+    "most of it is cached": ([load("d0"), load("d1", requests=4, cached=512)], "d1"),
+    "the longest": ([load("d0", cached=512), load("d1", requests=4, cached=768)], "d1"),
+    "the least busy of equals": ([load("d0", requests=2, cached=512), load("d1", requests=1, cached=512)], "d1"),
+    "too little of it is": ([load("d0"), load("d1", requests=1, cached=448)], "d0"),
+    "too busy": ([load("d0"), load("d1", requests=5, cached=960)], "d0"),
+    "all are busy": ([load("d0", requests=20), load("d1", requests=30, cached=960)], "d1"),
+    "nothing is cached": ([load("d0", requests=1), load("d1")], "d1"),
+}
+
+
+@pytest.mark.parametrize("case", SESSIONS)
+def test_cache_aware(case):
+    decode, expected = SESSIONS[case]
+    _, generator = POLICIES.get("cache_aware")().choose([], decode, num_tokens=1000)
+    assert generator.name == expected
 
 
 @pytest.mark.parametrize("name", tuple(POLICIES))

@@ -12,10 +12,10 @@ from cluster.handle import LocalHandle
 from cluster.openai_errors import to_api_error
 from cluster.peer import WorkerPeer
 from cluster.serving import NotReadyError
+from cluster.serving_worker import ServingWorker
 from longctx.errors import WorkerLostError
 from tests.cluster.small_cluster import (
     TRANSPORTS,
-    WORKERS,
     generate_alone,
     join,
     make_config,
@@ -132,7 +132,7 @@ def test_a_worker_that_cannot_be_reached_is_not_asked_again(folder, num_cut):
     request = make_request("r", make_prompt(0, 100))
 
     async def scenario():
-        handles = [CutHandle(WORKERS["decode"](f"decode-{idx}", config)) for idx in range(num_cut)]
+        handles = [CutHandle(ServingWorker(f"decode-{idx}", "decode", config)) for idx in range(num_cut)]
         async with start_cluster(config, *handles) as cluster:
             for handle in handles:
                 handle.is_cut = True
@@ -155,7 +155,7 @@ def test_a_worker_that_can_be_reached_again_is_used_again(folder):
     requests = [make_request(f"r{n}", make_prompt(n, 100)) for n in range(2)]
 
     async def scenario():
-        handle = CutHandle(WORKERS["decode"]("decode-0", config))
+        handle = CutHandle(ServingWorker("decode-0", "decode", config))
         async with start_cluster(config, handle) as cluster:
             first = await cluster.answer(requests[0])
             handle.is_cut = True
@@ -177,7 +177,7 @@ def test_a_prefill_worker_that_cannot_be_reached_costs_time_only(folder):
     requests = [make_request(f"r{n}", make_prompt(n, 100)) for n in range(3)]
 
     async def scenario():
-        handle = CutHandle(WORKERS["prefill"]("prefill-0", config))
+        handle = CutHandle(ServingWorker("prefill-0", "prefill", config))
         async with start_cluster(config, handle) as cluster:
             handle.is_cut = True
             answers = [await cluster.answer(request) for request in requests]
@@ -213,11 +213,11 @@ def test_a_prefill_worker_stops_while_it_ships(folder, transport, part):
     async def scenario():
         async with start_cluster(config) as cluster:
             task = asyncio.create_task(cluster.answer(request))
-            receiver = cluster.workers["decode-0"]._receivers[transport]
+            receiver = cluster.workers["decode-0"].decode_side.receivers[transport]
             await wait_until(lambda: receiver.bytes_received)
             worker = cluster.workers["prefill-0"] if part == "sender" else cluster.workers.pop("prefill-0")
             if part == "sender":
-                await asyncio.to_thread(worker._senders[transport].close)
+                await asyncio.to_thread(worker.prefill_side.senders[transport].close)
             else:
                 await worker.close()
             assert (await cluster.stats("decode-0")).num_generated_tokens == 0, "it was stopped too late"
@@ -250,7 +250,7 @@ def test_workers_that_cannot_start_say_why(tmp_path, folder):
     broken = replace(config, model=replace(config.model, path=str(tmp_path)))
 
     async def scenario():
-        decode = LocalHandle(WORKERS["decode"]("decode-0", broken))
+        decode = LocalHandle(ServingWorker("decode-0", "decode", broken))
         async with start_cluster(config, decode, waits=False) as cluster:
 
             async def is_settled():

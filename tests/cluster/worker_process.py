@@ -109,9 +109,9 @@ def _main(sock: socket.socket, name: str, role: str, config: ServeConfig) -> Non
 
 async def _serve(sock: socket.socket, name: str, role: str, config: ServeConfig) -> None:
     """Run calls, each as a task begun in the order of arrival, until the other end closes."""
-    from tests.cluster.small_cluster import WORKERS
+    from cluster.serving_worker import ServingWorker
 
-    worker = WORKERS[role](name, config)
+    worker = ServingWorker(name, role, config)
     reader, writer = await asyncio.open_connection(sock=sock)
 
     async def run(number: int, method: str, args: tuple[Any, ...]) -> None:

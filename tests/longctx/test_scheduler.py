@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from longctx.engine.rows import DecodeRows
-from longctx.engine.scheduler import MIXED_SHARE, Scheduler
+from longctx.engine.scheduler import MAX_PREEMPTIONS, Scheduler
 from longctx.engine.sequence import ActiveRequest, RopeLengths
 from longctx.messages import GenerationRequest, SamplingParams
 from memory.layout import KVLayout
@@ -94,13 +94,25 @@ def test_several_short_prompts_share_a_step():
     assert step(scheduler) == [(1, 0, 7), (2, 0, 7), (3, 0, 7)]
 
 
-def test_prefill_is_bounded_while_sequences_decode():
-    scheduler = make_scheduler(max_batch_tokens=64)
+@pytest.mark.parametrize("options, num_tokens", [({}, 16), ({"mixed_share": 0.5}, 32), ({"mixed_share": 1.0}, 60)])
+def test_prefill_is_bounded_while_sequences_decode(options, num_tokens):
+    scheduler = make_scheduler(max_batch_tokens=64, **options)
     enqueue(scheduler, 1, 3)
     step(scheduler)
     enqueue(scheduler, 2, 100)
-    assert step(scheduler) == [(2, 0, 64 // MIXED_SHARE)]
-    assert scheduler.pending_prefill_tokens == 100 - 16
+    assert step(scheduler) == [(2, 0, num_tokens)]
+    assert scheduler.pending_prefill_tokens == 100 - num_tokens
+
+
+def test_a_sequence_is_spared_after_several_preemptions():
+    scheduler = make_scheduler(num_pages=12, prefix_cache=False)
+    first, last = (enqueue(scheduler, arrival, 4) for arrival in (1, 2))
+    step(scheduler)
+    assert scheduler._latest() is last
+    last.num_preemptions = MAX_PREEMPTIONS
+    assert scheduler._latest() is first
+    first.num_preemptions = MAX_PREEMPTIONS
+    assert scheduler._latest() is last
 
 
 def test_a_page_larger_than_the_batch_still_advances():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluster.first_tokens import decode_first_tokens
-from cluster.prefill_worker import StreamExport
+from cluster.prefill_side import StreamExport
 from longctx.attention.config import AttentionConfig
 from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig

@@ -6,10 +6,8 @@ from contextlib import suppress
 from functools import partial
 
 from cluster.first_tokens import encode_first_tokens
-from cluster.shipping import choose_sending_pool, open_senders
+from cluster.shipping import open_senders
 from cluster.worker import Worker
-from longctx.engine.build import MakePool
-from longctx.engine.engine import Engine
 from longctx.errors import LongctxError
 from longctx.messages import FirstTokens, GenerationRequest
 from longctx.shards.exports import OwnPages
@@ -54,20 +52,16 @@ class StreamExport:
             stream.abort(reason)
 
 
-class PrefillWorker(Worker):
-    """One engine that only computes prompts."""
+class PrefillSide:
+    """What a worker does for prompts that others decode. Made once the worker's engine is there.
 
-    role = "prefill"
+    Args:
+        worker: whose engine computes them.
+    """
 
-    def _make_pool(self) -> MakePool | None:
-        return choose_sending_pool(self.config.transport)
-
-    def _open(self, engine: Engine) -> None:
-        self._senders = open_senders(engine.shipped_pool, self.config.transport)
-
-    async def transports(self) -> tuple[str, ...]:
-        """Transports that this worker can send with."""
-        return tuple(self._senders)
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.senders = open_senders(worker.engine.shipped_pool, worker.config.transport)
 
     async def prefill(self, request: GenerationRequest, grants: Sequence[LeaseGrant]) -> None:
         """Queue a prompt whose KV goes to the holders of ``grants``; ``finished`` of a later report says how it ended.
@@ -75,19 +69,18 @@ class PrefillWorker(Worker):
         Raises ``RequestError`` or ``QueueFullError``, and then nothing was queued.
         """
         request_id = request.request_id
-        if self.ranks:
-            await self.ranks.call_all("open_export", request_id, grants)
+        if self._worker.ranks:
+            await self._worker.ranks.call_all("open_export", request_id, grants)
         try:
-            await self.on_engine(self._add, request, grants)
+            await self._worker.on_engine(self._add, request, grants)
         except BaseException as error:
             self._close_exports(request_id, str(error))
             raise
 
     def _add(self, request: GenerationRequest, grants: Sequence[LeaseGrant]) -> None:
-        request_id = request.request_id
-        engine_loop = self.engine_loop
-        self.engine.check(request)
-        own = OwnPages(0, self.engine.shipped_pool.num_pages)
+        request_id, engine, engine_loop = request.request_id, self._worker.engine, self._worker.engine_loop
+        engine.check(request)
+        own = OwnPages(0, engine.shipped_pool.num_pages)
         export = StreamExport(own, lambda reason: self._fail(request_id, reason))
         unacked = set(range(len(grants)))
 
@@ -96,10 +89,10 @@ class PrefillWorker(Worker):
 
         try:
             for index, grant in enumerate(grants):
-                sender = self._senders[grant.transport]
+                sender = self.senders[grant.transport]
                 stream = sender.open(grant, on_acked=partial(end, index, ""), on_failed=partial(end, index))
                 export.streams.append(stream)
-            self.engine.add(request, export=export)
+            engine.add(request, export=export)
         except Exception as error:
             export.abort(str(error))
             raise
@@ -115,31 +108,23 @@ class PrefillWorker(Worker):
         if reason:
             export.abort(reason)
             self._close_exports(request_id, reason)
-        self.engine.export_done(request_id)
-        self.post_finished(request_id, reason)
+        self._worker.engine.export_done(request_id)
+        self._worker.post_finished(request_id, reason)
 
     def _fail(self, request_id: str, reason: str) -> None:
         self._close_exports(request_id, reason)
-        self.post_finished(request_id, reason)
+        self._worker.post_finished(request_id, reason)
 
     def _close_exports(self, request_id: str, reason: str) -> None:
         """The other ranks send nothing more of the prompt; from any thread."""
-        if self.ranks:
-            self.from_other_thread(partial(self._close_rank_exports, request_id, reason))
+        if self._worker.ranks:
+            self._worker.from_other_thread(partial(self._close_rank_exports, request_id, reason))
 
     async def _close_rank_exports(self, request_id: str, reason: str) -> None:
         with suppress(LongctxError, TimeoutError):  # a lost rank sends nothing
-            await self.ranks.call_all("close_export", request_id, reason)
+            await self._worker.ranks.call_all("close_export", request_id, reason)
 
-    def _cancel(self, request_id: str) -> None:
-        self.engine.cancel(request_id)
-
-    def _reset(self) -> None:
-        self.engine.fail_all("a new router began", "abort")
-
-    def _shut(self) -> None:
-        for sender in self._senders.values():
+    def close(self) -> None:
+        """The engine has stopped: nothing is sent any more."""
+        for sender in self.senders.values():
             sender.close()
-
-    def _describe_transport(self) -> tuple[str, int]:
-        return "+".join(sorted(self._senders)), sum(sender.bytes_shipped for sender in self._senders.values())

@@ -1,0 +1,96 @@
+"""A worker: it computes prompts for others, generates, or does both, as its role and the policy want.
+
+Its role says what it was started for. Under a policy that gives workers other work than that, each of them can do
+everything, and what one does is the router's to say, request by request: nothing has to be started or drained.
+"""
+
+from collections.abc import Callable, Sequence
+
+from cluster.config import ServeConfig
+from cluster.decode_side import DecodeSide
+from cluster.handle import WorkerHandle
+from cluster.messages import Admission
+from cluster.prefill_side import PrefillSide
+from cluster.shipping import choose_sending_pool, receives, sends
+from cluster.worker import Worker
+from longctx.engine.build import MakePool
+from longctx.messages import GenerationRequest
+from memory.messages import LeaseGrant
+
+
+class ServingWorker(Worker):
+    """See ``Worker``.
+
+    Args:
+        role: ``"prefill"`` or ``"decode"``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        config: ServeConfig,
+        *,
+        node_id: str = "",
+        ranks: Sequence[WorkerHandle] = (),
+        on_lost: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__(name, role, config, node_id=node_id, ranks=ranks, on_lost=on_lost)
+        self._sends, self._receives = sends(config.cluster, role), receives(config.cluster, role)
+        self._prefill: PrefillSide | None = None
+        self._decode: DecodeSide | None = None
+
+    @property
+    def prefill_side(self) -> PrefillSide:
+        """What computes prompts for others; there is none before ``start``, and for some roles none at all."""
+        assert self._prefill is not None
+        return self._prefill
+
+    @property
+    def decode_side(self) -> DecodeSide:
+        """What generates; there is none before ``start``."""
+        assert self._decode is not None
+        return self._decode
+
+    async def transports(self) -> tuple[str, ...]:
+        """Transports that this worker can send with."""
+        return tuple(self._prefill.senders) if self._prefill else ()
+
+    async def prefill(self, request: GenerationRequest, grants: Sequence[LeaseGrant]) -> None:
+        """See ``PrefillSide.prefill``."""
+        await self.prefill_side.prefill(request, grants)
+
+    async def admit(self, request: GenerationRequest, transport: str | None, num_senders: int = 1) -> Admission:
+        """See ``DecodeSide.admit``."""
+        return await self.decode_side.admit(request, transport, num_senders)
+
+    async def compute_here(self, request_id: str, reason: str) -> None:
+        """See ``DecodeSide.compute_here``."""
+        await self.decode_side.compute_here(request_id, reason)
+
+    def _make_pool(self) -> MakePool | None:
+        return choose_sending_pool(self.config.transport) if self._sends else None  # a receiver takes any memory
+
+    def _open(self) -> None:
+        self._prefill = PrefillSide(self) if self._sends else None
+        self._decode = DecodeSide(self, receives=self._receives)
+
+    def _shut(self) -> None:
+        for side in (self._prefill, self._decode):
+            if side is not None:
+                side.close()
+
+    def _cancel(self, request_id: str) -> None:
+        self.decode_side.cancel(request_id)
+
+    def _reset(self) -> None:
+        self.decode_side.reset()
+        self.engine.fail_all("a new router began", "abort")
+
+    def _take_arrival(self, rank: int, request_id: str, payload: bytes | None, reason: str) -> None:
+        self.decode_side.take_arrival(rank, request_id, payload, reason)
+
+    def _describe_transport(self) -> tuple[str, int]:
+        senders = self._prefill.senders if self._prefill else {}
+        names = senders or self.decode_side.receivers
+        return "+".join(sorted(names)), sum(sender.bytes_shipped for sender in senders.values())
