@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := torch==2.13.0
 
-.PHONY: install test slow kernels check format bench serve clean
+.PHONY: install test slow soak kernels check format bench serve clean
 
 install: $(STAMP)
 
@@ -28,6 +28,10 @@ test: install
 
 slow: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'slow and not gpu and not multihost' --numprocesses 2 --dist loadgroup $(ARGS)
+
+# Random requests under random faults, about half an hour: every answer exact or a typed error, nothing left behind.
+soak: install
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.cluster.soak $(ARGS)
 
 # Triton's kernels run in its interpreter. Triton takes over a gigabyte: it stays out of the environment that users get.
 # The interpreter makes loop bounds of arrays with one element, which newer NumPy refuses.

@@ -11,7 +11,7 @@ from cluster.delta_buffer import DeltaBuffer
 from cluster.handle import WorkerHandle
 from cluster.messages import WorkerInfo, WorkerReport
 from cluster.placed_prefixes import PlacedPrefixes, digest_prefix
-from cluster.policies.policy import WorkerLoad
+from cluster.policies.policy import WorkerLoad, count_pending
 from cluster.serving import WorkerHealth, WorkerStats
 from longctx.errors import WorkerLostError
 from longctx.messages import SEED_BITS, EngineStats, GenerationRequest, OutputDelta
@@ -32,7 +32,7 @@ class WorkerPeer:
     is_alive: bool = False
     reason: str = "it is loading the model"  # why not alive
     stats: WorkerStats | None = None
-    pending_tokens: int = 0  # prompt tokens placed here that are to be computed
+    pending: list[int] = field(default_factory=list)  # tokens of each prompt placed here that is to be computed
     num_prompts: int = 0  # placed here to be computed for another worker, and not yet there
     num_requests: int = 0  # placed here to be decoded, not finished
     prefixes: PlacedPrefixes = field(default_factory=PlacedPrefixes)
@@ -98,21 +98,23 @@ class WorkerPeer:
         """What it does at the moment: its role, or ``"mixed"`` with work that it was not started for."""
         return "mixed" if self.load().is_mixed else self.role
 
-    def load(self, digests: Sequence[bytes] = (), *, batch_tokens: int = 0) -> WorkerLoad:
+    def load(self, digests: Sequence[bytes] = (), *, num_tokens: int = 0, batch_tokens: int = 0) -> WorkerLoad:
         """What a policy sees when it places a prompt with these prefixes.
 
         Args:
             digests: of the prompt's prefixes.
+            num_tokens: of the prompt.
             batch_tokens: of one step of one rank.
         """
         engine = self.stats.engine if self.stats else EngineStats()
+        num_cached = self.prefixes.count_tokens(digests)
         return WorkerLoad(
             self.name,
             self.info.node_id if self.info else "",
-            self.pending_tokens,
+            count_pending(self.pending, max(0, num_tokens - num_cached)),
             self.num_requests,
             num_free_pages=engine.num_pages - engine.num_pages_used,
-            num_cached_tokens=self.prefixes.count_tokens(digests),
+            num_cached_tokens=num_cached,
             role=self.role,
             num_prompts=self.num_prompts,
             max_pending_tokens=PREFILL_WINDOW * batch_tokens * self.sp_degree,
@@ -165,7 +167,7 @@ class Flight:
     buffer: DeltaBuffer = field(default_factory=DeltaBuffer)
     decode: WorkerPeer | None = None
     prefill: WorkerPeer | None = None  # while it computes or ships the prompt; may be the one that decodes
-    num_pending_tokens: int = 0  # what it adds to that one's
+    num_pending_tokens: int = 0  # that it is to compute
     digests: list[bytes] = field(default_factory=list)  # of the prompt's prefixes
     outputs: list[list[int] | None] = field(default_factory=list)  # what the client has; None: that sequence has ended
     num_tries: int = 0

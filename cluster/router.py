@@ -4,11 +4,12 @@
                  P computes, its transport fills D's pages, layer by layer
     client <- deltas <- one long poll per worker, all requests together <- D
 
-Prompts enter first come, first served; a prefill worker is given only so many tokens at a time, so that leases do not
-wait in its queue. Under a policy that repurposes, any worker may be P or D, or both for one request. Who dies or
-freezes is noticed by its poll, and costs time, not text: for a lost P the decode worker computes the prompt, for a lost
-D another one goes on behind the last token that the client has. (Over 300 lines: placing, leaving and following are one
-state machine over the same fields; what concerns one worker or request alone is in ``peer.py``.)
+Prompts enter first come, first served, long ones and others apart; a prefill worker is given only so many tokens at a
+time, so that leases do not wait in its queue. Under a policy that repurposes, any worker may be P or D, or both for one
+request. Who dies or freezes is noticed by its poll, and costs time, not text: for a lost P the decode worker computes
+the prompt, for a lost D another one goes on behind the last token that the client has. (Over 300 lines: placing,
+leaving and following are one state machine over the same fields; what concerns one worker or request alone is in
+``peer.py``.)
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from cluster.config import ServeConfig
 from cluster.delta_buffer import DeltaBuffer
 from cluster.handle import WorkerHandle
 from cluster.messages import Admission, WorkerReport
-from cluster.peer import Flight, WorkerPeer, make_flight
+from cluster.peer import PREFILL_WINDOW, Flight, WorkerPeer, make_flight
 from cluster.policies import POLICIES
 from cluster.policies.policy import Policy, WorkerLoad
 from cluster.serving import Health, NotReadyError, PromptTokenizer, ServedModel, WorkerStats
@@ -58,7 +59,7 @@ class Router:
         self._num_waiting = 0
         self._lost_at = 0.0  # when a decode worker was lost last
         self._is_stopping = False
-        self._transfer_turn, self._local_turn = asyncio.Lock(), asyncio.Lock()
+        self._turns: dict[tuple[bool, bool], asyncio.Lock] = {}  # of requests that wait for a place alike
         self._change = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -134,13 +135,19 @@ class Router:
             transfers = has_prefill and is_long and not flight.has_output
             if not flight.num_tries and not self._has_decode:  # not behind others that wait for a worker to come back
                 raise self._not_ready()
-            async with self._transfer_turn if transfers else self._local_turn:
+            async with self._turn(flight, transfers=transfers):
                 await self._wait_for_worker()
                 while not await self._try_place(flight, transfers=transfers):
                     await self._wait_for_change()
                     await self._wait_for_worker()
         finally:
             self._num_waiting -= 1
+
+    def _turn(self, flight: Flight, *, transfers: bool) -> asyncio.Lock:
+        """First come, first served among those that wait for the same: long prompts wait longer, and not before
+        short ones."""
+        is_long = flight.num_tokens > PREFILL_WINDOW * self._config.engine.max_batch_tokens
+        return self._turns.setdefault((transfers, transfers and is_long), asyncio.Lock())
 
     async def _wait_for_worker(self) -> None:
         """Until there is a decode worker, or the last has been gone for ``cluster.recovery_timeout_s``."""
@@ -199,7 +206,7 @@ class Router:
         self._leave_prefill(flight)
         flight.prefill = peer
         flight.num_pending_tokens = peer.count_uncached(flight)
-        peer.pending_tokens += flight.num_pending_tokens
+        peer.pending.append(flight.num_pending_tokens)
         peer.num_prompts += peer is not flight.decode
 
     def _choose(
@@ -219,7 +226,8 @@ class Router:
         return alive[computer.name] if computer else None, alive[generator.name]
 
     def _load(self, peer: WorkerPeer, flight: Flight) -> WorkerLoad:
-        return peer.load(flight.digests, batch_tokens=self._config.engine.max_batch_tokens)
+        batch_tokens = self._config.engine.max_batch_tokens
+        return peer.load(flight.digests, num_tokens=flight.num_tokens, batch_tokens=batch_tokens)
 
     def _not_ready(self) -> NotReadyError:
         lost = "; ".join(f"{peer.name}: {peer.reason}" for peer in self._decoders)
@@ -256,7 +264,7 @@ class Router:
     def _leave_prefill(self, flight: Flight) -> None:
         peer, flight.prefill = flight.prefill, None
         if peer is not None:
-            peer.pending_tokens -= flight.num_pending_tokens
+            peer.pending.remove(flight.num_pending_tokens)
             peer.num_prompts -= peer is not flight.decode
             self._note_change()
 

@@ -1,7 +1,7 @@
 """The interface of a routing policy. Shared by the router and by what simulates it: no clock, no I/O."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -11,7 +11,7 @@ class WorkerLoad:
 
     name: str
     node_id: str
-    pending_tokens: int  # prompt tokens placed there and not yet computed
+    pending_tokens: int  # prompt tokens placed there that would be computed before this prompt's last one
     num_requests: int  # placed there to be decoded, and not finished
     num_free_pages: int  # as last reported
     num_cached_tokens: int = 0  # of the prompt to be placed, probably in its prefix cache
@@ -51,6 +51,21 @@ class Policy(ABC):
             The worker that computes it, None if ``prefill`` is empty, and the one that decodes it. Twice the same: it
             is computed there and sent nowhere.
         """
+
+
+def count_pending(prompts: Iterable[int], num_tokens: int) -> int:
+    """Tokens that a worker computes before the last one of a new prompt of ``num_tokens``.
+
+    First come, first served, but a worker gives prompts that are much shorter than the oldest half of its steps
+    (``longctx/engine/scheduler.py``): of longer ones, only as many tokens are computed meanwhile.
+
+    Args:
+        prompts: tokens that each prompt there still needs.
+        num_tokens: that the new one needs.
+    """
+    prompts = list(prompts)
+    shorter = sum(tokens for tokens in prompts if tokens <= 2 * num_tokens)
+    return shorter + min(sum(prompts) - shorter, shorter + num_tokens)
 
 
 def choose_computer(prefill: Sequence[WorkerLoad], generator: WorkerLoad, *, num_tokens: int) -> WorkerLoad | None:

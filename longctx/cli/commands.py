@@ -48,6 +48,12 @@ COMMANDS = {
             "longctx.cli.eval:evaluate",
         ),
         Command(
+            "bench",
+            "measure how fast this machine computes prompts and tokens, for longctx plan cluster",
+            "longctx.cli.bench_config:BenchCommandConfig",
+            "longctx.cli.bench:bench",
+        ),
+        Command(
             "status",
             "show what runs where: workers, pages, queue",
             "cluster.config:StatusConfig",
@@ -102,6 +108,12 @@ COMMANDS = {
             "say whether every process of a deployment fits, what contexts it holds, and how fast it can be",
             "cluster.config:PlanServeConfig",
             "cluster.plan_serve:plan_serve",
+        ),
+        Command(
+            "plan cluster",
+            "simulate how a fleet of machines would serve a trace, with the router's own policies",
+            "cluster.fleet.config:PlanClusterConfig",
+            "cluster.plan_cluster:plan_cluster",
         ),
         Command(
             "plan attention",

@@ -1,9 +1,10 @@
 """Which tokens the next step computes, and which pages hold them.
 
-A step computes one token of every decoding sequence and fills up with chunks of prompts, first come, first served. A
-prompt gets all its pages when it starts; a decoding sequence gets one more each time its last one is full. When none is
-left, the sequence that arrived last gives its pages up and is computed again later, before all that arrived after it;
-one that has done so several times is spared while others can.
+A step computes one token of every decoding sequence and fills up with chunks of prompts, first come, first served, but
+for short ones: a prompt that needs less than half of what the oldest still needs has half of every step. A prompt gets
+all its pages when it starts; a decoding sequence gets one more each time its last one is full. When none is left, the
+sequence that arrived last gives its pages up and is computed again later, before all that arrived after it; one that
+has done so several times is spared while others can.
 """
 
 import logging
@@ -77,7 +78,7 @@ class Scheduler:
     @property
     def pending_prefill_tokens(self) -> int:
         """Tokens still to be computed before their sequences decode."""
-        return sum(s.num_tokens - s.num_computed for s in (*self.waiting, *self.prefilling))
+        return sum(map(_missing, (*self.waiting, *self.prefilling)))
 
     def enqueue(self, sequence: Sequence) -> None:
         """Let a sequence without pages wait for its turn."""
@@ -93,13 +94,16 @@ class Scheduler:
         if not self.prefilling and (self.is_blocked or not self.waiting):
             return chunks
         budget = self._prefill_budget()
+        spent = self._add_short(chunks, budget // 2)
+        has_chunk = {chunk.sequence for chunk in chunks}
         for sequence in self.prefilling:
-            budget -= self._add_chunk(chunks, sequence, budget)
-        while budget > 0 and self.waiting and not self.is_blocked:
+            if sequence not in has_chunk:
+                spent += self._add_chunk(chunks, sequence, budget - spent)
+        while self.waiting and not self.is_blocked and (spent < budget or self._overtakes(self.waiting[0])):
             sequence = self.waiting[0]
             self.is_blocked = not self._admit(sequence)
-            added = 0 if self.is_blocked else self._add_chunk(chunks, sequence, budget)
-            budget = budget - added if added else 0
+            added = 0 if self.is_blocked else self._add_chunk(chunks, sequence, budget - spent)
+            spent = spent + added if added else budget
         return chunks
 
     def has_rows(self, num_rows: int) -> bool:
@@ -244,6 +248,17 @@ class Scheduler:
             budget = min(budget, self._mixed_tokens)
         return max(budget, self._layout.page_size)
 
+    def _overtakes(self, sequence: Sequence) -> bool:
+        """Whether a prompt need not wait for the oldest, which is much longer."""
+        return bool(self.prefilling) and 2 * _missing(sequence) < _missing(self.prefilling[0])
+
+    def _add_short(self, chunks: list[Chunk], budget: int) -> int:
+        """Append chunks of the prompts that overtake the oldest, shortest first; returns their number of tokens."""
+        spent = 0
+        for sequence in sorted(filter(self._overtakes, self.prefilling), key=_missing):
+            spent += self._add_chunk(chunks, sequence, budget - spent)
+        return spent
+
     def _admit(self, sequence: Sequence) -> bool:
         if not self.has_rows(_rows_wanted(sequence)) or not self.allocate(sequence):
             return False
@@ -290,6 +305,11 @@ class Scheduler:
 
 def _key(sequence: Sequence) -> tuple[int, int]:
     return sequence.key
+
+
+def _missing(sequence: Sequence) -> int:
+    """Tokens that are to be computed before the sequence decodes."""
+    return sequence.num_tokens - sequence.num_computed
 
 
 def _rows_wanted(sequence: Sequence) -> int:

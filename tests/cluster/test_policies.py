@@ -4,7 +4,7 @@ import pytest
 
 from cluster.placed_prefixes import BLOCK_SIZE, PlacedPrefixes, digest_prefix
 from cluster.policies import POLICIES
-from cluster.policies.policy import WorkerLoad
+from cluster.policies.policy import WorkerLoad, count_pending
 from tests.cluster.small_cluster import make_prompt
 
 ROLES = {"p": "prefill", "d": "decode"}
@@ -101,6 +101,21 @@ def test_every_policy_picks_from_what_it_is_given(name):
     prefill, decode = [load("p0", pending=7)], [load("d0", requests=3, free=0)]
     assert policy.choose(prefill, decode, num_tokens=1) == (prefill[0], decode[0])
     assert policy.choose([], decode, num_tokens=1) == (None, decode[0])
+
+
+@pytest.mark.parametrize(
+    "prompts, num_tokens, expected",
+    [
+        ([], 100, 0),
+        ([50, 200], 100, 250),
+        ([500_000], 100, 100),  # the new one has every other token
+        ([500_000, 50], 100, 200),
+        ([300], 100, 100),
+        ([300, 500_000], 200_000, 200_600),
+    ],
+)
+def test_what_is_computed_before_a_prompt(prompts, num_tokens, expected):
+    assert count_pending(prompts, num_tokens) == expected
 
 
 @pytest.mark.parametrize(

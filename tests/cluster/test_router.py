@@ -125,6 +125,25 @@ def test_a_full_decode_worker_is_passed_over(folder):
     assert [*answers, answer] == generate_alone(config, [big, *small, last])
 
 
+def test_a_long_prompt_does_not_keep_short_ones_waiting(folder):
+    """Neither at the router, though the worker's window is full, nor at the worker."""
+    config = make_config(folder, max_batch_tokens=64, kv_bytes="16MiB")
+    long = [make_request(f"long{n}", make_prompt(n, 6000), replace(GREEDY, max_tokens=2)) for n in range(3)]
+    short = [make_request(f"short{n}", make_prompt(10 + n, 100), replace(GREEDY, max_tokens=2)) for n in range(4)]
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            tasks = [asyncio.create_task(cluster.answer(request)) for request in long]
+            await wait_until(lambda: cluster.router.worker_of("long0") and cluster.router._num_waiting == 2)
+            answers = await asyncio.gather(*map(cluster.answer, short))
+            still_running = sum(not task.done() for task in tasks)
+            return await asyncio.gather(*tasks), answers, still_running
+
+    long_answers, short_answers, still_running = asyncio.run(scenario())
+    assert still_running == 3
+    assert [*long_answers, *short_answers] == generate_alone(config, [*long, *short])
+
+
 @pytest.mark.parametrize("num_cut", [1, 4])
 def test_a_worker_that_cannot_be_reached_is_not_asked_again(folder, num_cut):
     """Its poll has not noticed yet; of more cut workers than there are tries, each costs one."""

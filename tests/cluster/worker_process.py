@@ -52,6 +52,11 @@ class ProcessHandle:
         finally:
             self._answers.pop(number, None)
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process as it is now."""
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL."""
         self._signal(signal.SIGKILL)

@@ -104,6 +104,35 @@ def test_prefill_is_bounded_while_sequences_decode(options, num_tokens):
     assert scheduler.pending_prefill_tokens == 100 - num_tokens
 
 
+def test_short_prompts_have_half_of_every_step_beside_a_long_one():
+    scheduler = make_scheduler(max_batch_tokens=32, num_pages=200)
+    enqueue(scheduler, 1, 500)
+    assert step(scheduler) == [(1, 0, 32)]
+    enqueue(scheduler, 2, 30)
+    enqueue(scheduler, 3, 10)
+    assert step(scheduler) == [(1, 32, 64)]  # they are let in
+    assert step(scheduler) == [(3, 0, 10), (2, 0, 4), (1, 64, 80)]
+    assert step(scheduler)[:1] == [(2, 4, 8)]  # beside a decoding sequence prompts have less
+
+
+def test_prompts_of_like_length_do_not_overtake():
+    """Those with one prefix would be computed twice."""
+    scheduler = make_scheduler(max_batch_tokens=32, num_pages=200)
+    enqueue(scheduler, 1, 100)
+    enqueue(scheduler, 2, 60)
+    assert [step(scheduler) for _ in range(2)] == [[(1, 0, 32)], [(1, 32, 64)]]
+
+
+def test_a_short_prompt_waits_behind_one_that_does_not_fit():
+    scheduler = make_scheduler(max_batch_tokens=32, num_pages=40)
+    enqueue(scheduler, 1, 100)
+    step(scheduler)
+    enqueue(scheduler, 2, 90)
+    enqueue(scheduler, 3, 4)
+    assert step(scheduler) == [(1, 32, 64)]
+    assert step(scheduler) == [(1, 64, 96)]
+
+
 def test_a_sequence_is_spared_after_several_preemptions():
     scheduler = make_scheduler(num_pages=12, prefix_cache=False)
     first, last = (enqueue(scheduler, arrival, 4) for arrival in (1, 2))

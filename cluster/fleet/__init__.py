@@ -1,0 +1,1 @@
+"""A fleet of machines, simulated with the router's own policies: what ``longctx plan cluster`` asks."""
