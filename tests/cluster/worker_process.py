@@ -12,10 +12,13 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import ServeConfig
 from longctx.errors import WorkerLostError
+
+if TYPE_CHECKING:
+    from tests.cluster.fault_points import FaultOrder
 
 _SIZE = struct.Struct("<Q")
 _FORKS = multiprocessing.get_context("forkserver")
@@ -25,8 +28,9 @@ _FORKS.set_forkserver_preload(["tests.cluster.small_cluster"])
 class ProcessHandle:
     """A ``WorkerHandle`` on a worker of another process."""
 
-    def __init__(self, name: str, role: str, config: ServeConfig) -> None:
+    def __init__(self, name: str, role: str, config: ServeConfig, order: "FaultOrder | None" = None) -> None:
         self.name, self.role, self._config = name, role, config
+        self._order = order  # of the first process; one that takes its place is not hit
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._num_calls = 0
 
@@ -34,7 +38,9 @@ class ProcessHandle:
         """Start the process; the worker in it loads nothing yet."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = _FORKS.Process(target=_main, args=(theirs, self.name, self.role, self._config), daemon=True)
+            order, self._order = self._order, None
+            arguments = (theirs, self.name, self.role, self._config, order)
+            self._process = _FORKS.Process(target=_main, args=arguments, daemon=True)
             self._process.start()
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._reading = asyncio.create_task(self._read(reader))
@@ -98,9 +104,11 @@ class ProcessHandle:
 
 
 @asynccontextmanager
-async def open_worker(name: str, role: str, config: ServeConfig) -> AsyncIterator[ProcessHandle]:
-    """A worker's process, killed in the end."""
-    handle = ProcessHandle(name, role, config)
+async def open_worker(
+    name: str, role: str, config: ServeConfig, order: "FaultOrder | None" = None
+) -> AsyncIterator[ProcessHandle]:
+    """A worker's process, killed in the end; ``order``: what hits it before."""
+    handle = ProcessHandle(name, role, config, order)
     await handle.open()
     try:
         yield handle
@@ -108,22 +116,29 @@ async def open_worker(name: str, role: str, config: ServeConfig) -> AsyncIterato
         await handle.close()
 
 
-def _main(sock: socket.socket, name: str, role: str, config: ServeConfig) -> None:
-    asyncio.run(_serve(sock, name, role, config))
+def _main(sock: socket.socket, name: str, role: str, config: ServeConfig, order: "FaultOrder | None") -> None:
+    asyncio.run(_serve(sock, name, role, config, order))
 
 
-async def _serve(sock: socket.socket, name: str, role: str, config: ServeConfig) -> None:
+async def _serve(sock: socket.socket, name: str, role: str, config: ServeConfig, order: "FaultOrder | None") -> None:
     """Run calls, each as a task begun in the order of arrival, until the other end closes."""
     from cluster.serving_worker import ServingWorker
+    from tests.cluster.fault_points import Partition, install
 
+    partition = Partition()
+    if order is not None:
+        install(order, partition)
     worker = ServingWorker(name, role, config)
     reader, writer = await asyncio.open_connection(sock=sock)
 
     async def run(number: int, method: str, args: tuple[Any, ...]) -> None:
+        await partition.wait_until_healed()
         try:
-            _send(writer, (number, await getattr(worker, method)(*args), None))
+            answer = (number, await getattr(worker, method)(*args), None)
         except Exception as error:
-            _send(writer, (number, None, error))
+            answer = (number, None, error)
+        await partition.wait_until_healed()
+        _send(writer, answer)
 
     tasks = set()
     with suppress(asyncio.IncompleteReadError, ConnectionError):
