@@ -52,12 +52,14 @@ class DecodeSide:
                 on_failed=lambda request_id, reason: self._from_transport(self._compute_here, request_id, reason),
             )
 
-    async def admit(self, request: GenerationRequest, transport: str | None, num_senders: int = 1) -> Admission:
+    async def admit(
+        self, request: GenerationRequest, transport: str | None, num_senders: int = 1, *, waits: bool = True
+    ) -> Admission:
         """Reserve pages for a prompt that a prefill worker's ``num_senders`` ranks will send over ``transport``.
 
-        None: compute it here. Raises ``RequestError`` or ``QueueFullError``.
+        None: compute it here; with ``waits`` once there is room for it. Raises ``RequestError`` or ``QueueFullError``.
         """
-        reserved = await self._worker.on_engine(self._reserve, request, transport)
+        reserved = await self._worker.on_engine(self._reserve, request, transport, waits)
         if isinstance(reserved, Admission):
             return reserved
         assert transport is not None
@@ -75,8 +77,10 @@ class DecodeSide:
         """The prefill worker is lost or refused: take the lease back and compute the prompt here."""
         await self._worker.on_engine(self._compute_here, request_id, reason)
 
-    def _reserve(self, request: GenerationRequest, transport: str | None) -> Admission | Reservation:
+    def _reserve(self, request: GenerationRequest, transport: str | None, waits: bool) -> Admission | Reservation:
         if transport is None:
+            if not waits and not self._worker.engine.has_room(request):
+                return Admission("full")
             self._worker.engine.add(request)
             return Admission("local")
         reservation = self._worker.engine.reserve(request)

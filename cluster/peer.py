@@ -33,7 +33,7 @@ class WorkerPeer:
     reason: str = "it is loading the model"  # why not alive
     stats: WorkerStats | None = None
     pending: list[int] = field(default_factory=list)  # tokens of each prompt placed here that is to be computed
-    num_prompts: int = 0  # placed here to be computed for another worker, and not yet there
+    num_prompts: int = 0  # placed here to be computed that prefill workers are for
     num_requests: int = 0  # placed here to be decoded, not finished
     prefixes: PlacedPrefixes = field(default_factory=PlacedPrefixes)
     _answers: set[asyncio.Future[Any]] = field(default_factory=set)  # awaited
@@ -168,6 +168,7 @@ class Flight:
     decode: WorkerPeer | None = None
     prefill: WorkerPeer | None = None  # while it computes or ships the prompt; may be the one that decodes
     num_pending_tokens: int = 0  # that it is to compute
+    transfers: bool = False  # its prompt is one that prefill workers are for
     digests: list[bytes] = field(default_factory=list)  # of the prompt's prefixes
     outputs: list[list[int] | None] = field(default_factory=list)  # what the client has; None: that sequence has ended
     num_tries: int = 0

@@ -132,7 +132,7 @@ class Router:
         try:
             has_prefill = any(peer.role == "prefill" for peer in self._peers)
             is_long = flight.num_tokens > self._config.cluster.local_prefill_tokens
-            transfers = has_prefill and is_long and not flight.has_output
+            transfers = flight.transfers = has_prefill and is_long and not flight.has_output
             if not flight.num_tries and not self._has_decode:  # not behind others that wait for a worker to come back
                 raise self._not_ready()
             async with self._turn(flight, transfers=transfers):
@@ -183,7 +183,8 @@ class Router:
         decode.num_requests += 1
         try:
             num_senders = prefill.sp_degree if prefill else 1
-            admission: Admission = await self._call(decode, "admit", flight.request, transport, num_senders)
+            waits = not flight.transfers  # one that somebody else might begin at once waits here, for whoever can
+            admission: Admission = await self._call(decode, "admit", flight.request, transport, num_senders, waits)
         except BaseException:
             self._leave(flight, cancels=True)  # it may have been admitted all the same
             raise
@@ -207,7 +208,7 @@ class Router:
         flight.prefill = peer
         flight.num_pending_tokens = peer.count_uncached(flight)
         peer.pending.append(flight.num_pending_tokens)
-        peer.num_prompts += peer is not flight.decode
+        peer.num_prompts += flight.transfers
 
     def _choose(
         self, flight: Flight, *, transfers: bool, full: set[str]
@@ -265,7 +266,7 @@ class Router:
         peer, flight.prefill = flight.prefill, None
         if peer is not None:
             peer.pending.remove(flight.num_pending_tokens)
-            peer.num_prompts -= peer is not flight.decode
+            peer.num_prompts -= flight.transfers
             self._note_change()
 
     def _leave_decode(self, flight: Flight) -> None:

@@ -60,9 +60,11 @@ class ServingWorker(Worker):
         """See ``PrefillSide.prefill``."""
         await self.prefill_side.prefill(request, grants)
 
-    async def admit(self, request: GenerationRequest, transport: str | None, num_senders: int = 1) -> Admission:
+    async def admit(
+        self, request: GenerationRequest, transport: str | None, num_senders: int = 1, waits: bool = True
+    ) -> Admission:
         """See ``DecodeSide.admit``."""
-        return await self.decode_side.admit(request, transport, num_senders)
+        return await self.decode_side.admit(request, transport, num_senders, waits=waits)
 
     async def compute_here(self, request_id: str, reason: str) -> None:
         """See ``DecodeSide.compute_here``."""

@@ -25,7 +25,7 @@ class MachineProfile:
     kv_tokens: int  # that its KV pool holds
     prompt_context_s: float = 0.0  # seconds for each prompt token and each 1,000 tokens before it, besides
     token_context_s: float = 0.0  # seconds of a step for each 1,000 tokens of its sequences' contexts, besides
-    overhead_s: float = 0.0  # seconds from a request's arrival to its first step, and from its last to the client
+    overhead_s: float = 0.0  # seconds that router and endpoint add to the time of every token
     kv_bytes_per_token: int = 0
     num_layers: int = 1
     network_bytes_s: float = 1e12  # at which KV leaves it

@@ -5,8 +5,9 @@ i)``, with the salt at the root, so one digest names a whole prefix. A page that
 is shared; one that nobody holds any more stays *idle* and is evicted, least recently used first, when the pool runs
 out.
 
-The cache sits between the pool and its users: they release pages here, never at the pool. Left out: sharing parts of a
-page, and a tier below the pool.
+The cache sits between the pool and its users: they release pages here, never at the pool. With a ``store`` below,
+complete pages are saved there too, and come from there when the pool has them no more. Left out: sharing parts of a
+page.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memory.pages import PageAllocator
+from memory.prefix_store import PrefixStore
 
 DIGEST_BYTES = 16
 
@@ -65,6 +67,7 @@ class PrefixCache:
     def __init__(self, pool: PageAllocator, *, enabled: bool = True) -> None:
         self.pool = pool
         self.enabled = enabled
+        self.store: PrefixStore | None = None
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -112,6 +115,14 @@ class PrefixCache:
             if digest not in self._page_of and page not in self._digest_of:
                 self._page_of[digest] = page
                 self._digest_of[page] = digest
+        if self.store is not None:
+            self.store.save(digests, pages)
+
+    def load(self, digests: Sequence[bytes], pages: Sequence[int]) -> int:
+        """Fill held pages that are still to be computed from the store; returns how many of the first ones are."""
+        if self.store is None or not self.store.is_worthwhile:
+            return 0
+        return self.store.load(digests, pages)
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one hold on each of a sequence's pages (in sequence order)."""

@@ -25,6 +25,7 @@ class Job:
     end_s: float = 0.0
     num_missing: int = 0  # prompt tokens to be computed
     num_left: int = 0  # tokens to be generated
+    transfers: bool = False  # its prompt is one that prefill machines are for
     start_s: float = 0.0  # when its prompt was begun
 
 
@@ -57,7 +58,7 @@ class Machine:
         self.prompts: list[tuple[Job, bool]] = []  # in order of arrival, and whether they are decoded here
         self.running: list[Job] = []
         self.num_held = 0  # tokens that pages are taken for
-        self.num_exports = self.num_requests = 0  # as WorkerLoad's num_prompts and num_requests
+        self.num_prompts = self.num_requests = 0  # as in WorkerLoad
         self.busy_s = self.mixed_s = 0.0
         self._context = 0  # tokens of the running jobs
         self._run = 0  # number of the run of steps in progress
@@ -79,7 +80,7 @@ class Machine:
             self.num_requests,
             num_free_pages=self.profile.kv_tokens - self.num_held,
             role=self.role,
-            num_prompts=self.num_exports,
+            num_prompts=self.num_prompts,
             max_pending_tokens=PREFILL_WINDOW * self.profile.max_batch_tokens,
         )
         self._load = None if self.prompts else load
@@ -101,14 +102,14 @@ class Machine:
         """Queue its prompt."""
         job.num_missing = job.request.num_prompt_tokens
         self.prompts.append((job, is_local))
+        self.num_prompts += job.transfers
         if not is_local:
-            self.num_exports += 1
             self.num_held += job.request.num_prompt_tokens
         self._wake()
 
     def export_done(self, job: Job) -> None:
         """Its KV is where it is needed."""
-        self.num_exports -= 1
+        self.num_prompts -= job.transfers
         self.num_held -= job.request.num_prompt_tokens
         self._load = None
 
@@ -195,7 +196,7 @@ class Machine:
         chunks, steps = self._chunks or [], self._steps
         elapsed = self.env.now - self._begun_s
         self.busy_s += elapsed
-        self.mixed_s += elapsed if (self.num_exports if self.role == "decode" else self.num_requests) else 0.0
+        self.mixed_s += elapsed if (self.num_prompts if self.role == "decode" else self.num_requests) else 0.0
         self._load = None
         self._advance(steps)
         for job, is_local, count in chunks:
@@ -204,6 +205,7 @@ class Machine:
                 continue
             self.prompts.remove((job, is_local))
             if is_local:
+                self.num_prompts -= job.transfers
                 self._begin(job)
             else:
                 self._on_prompt(job)

@@ -102,7 +102,7 @@ class _Fleet:
 
     def _arrive(self, job: Job) -> None:
         num_tokens = job.request.num_prompt_tokens
-        transfers = self._has_prefill and num_tokens > self._plan.local_prefill_tokens
+        transfers = job.transfers = self._has_prefill and num_tokens > self._plan.local_prefill_tokens
         self._queues[transfers + (transfers and num_tokens > self._window)].append(job)
         self._place_waiting()
 
@@ -131,7 +131,7 @@ class _Fleet:
         source = target if computer is None else self._by_name[computer.name]
         self._computers[id(job)] = (source, target)
         job.start_s = self._env.now
-        self._after(source.profile.overhead_s, lambda: source.compute(job, is_local=source is target))
+        source.compute(job, is_local=source is target)
 
     def _ship(self, job: Job) -> None:
         """The prompt is computed: what has not been sent yet travels, behind what else leaves this machine."""

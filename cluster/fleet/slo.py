@@ -48,7 +48,7 @@ def measure(jobs: Sequence[Job], reference: MachineProfile) -> Latencies:
         num_further = request.num_output_tokens - 1
         ttft = job.first_token_s - request.arrival_s if job.first_token_s else math.inf
         e2e = job.end_s - request.arrival_s if ended else math.inf
-        alone_ttft = reference.prompt_time(request.num_prompt_tokens) + 2 * reference.overhead_s
+        alone_ttft = reference.prompt_time(request.num_prompt_tokens) + reference.overhead_s
         alone_tpot = reference.token_time(1, request.num_prompt_tokens)
         values = {"ttft": (ttft, alone_ttft), "e2e": (e2e, alone_ttft + num_further * alone_tpot)}
         if num_further:

@@ -16,7 +16,7 @@ class WorkerLoad:
     num_free_pages: int  # as last reported
     num_cached_tokens: int = 0  # of the prompt to be placed, probably in its prefix cache
     role: str = ""  # what it was started for: "prefill" or "decode"
-    num_prompts: int = 0  # placed there to be computed for another worker, and not yet there
+    num_prompts: int = 0  # placed there to be computed that prefill workers are for
     max_pending_tokens: int = 1 << 62  # with more its queue is long
 
     @property
@@ -71,11 +71,13 @@ def count_pending(prompts: Iterable[int], num_tokens: int) -> int:
 def choose_computer(prefill: Sequence[WorkerLoad], generator: WorkerLoad, *, num_tokens: int) -> WorkerLoad | None:
     """The worker with the fewest tokens to compute until this prompt is; None if there is none.
 
-    Of equal queues, the one on the generator's node: its KV travels through shared memory.
+    Of equal queues, the one on the generator's node: its KV travels through shared memory; then the one that keeps the
+    fewest requests that decode there waiting.
     """
 
-    def cost(load: WorkerLoad) -> tuple[int, bool]:
-        return load.pending_tokens + num_tokens - load.num_cached_tokens, load.node_id != generator.node_id
+    def cost(load: WorkerLoad) -> tuple[int, bool, int]:
+        num_before = load.pending_tokens + num_tokens - load.num_cached_tokens
+        return num_before, load.node_id != generator.node_id, load.num_requests
 
     return min(prefill, key=cost, default=None)
 

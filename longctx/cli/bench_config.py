@@ -17,7 +17,7 @@ class BenchConfig:
     num_rounds: int = option(5, "measurements of each time, of which the median counts", minimum=1)
     max_sequences: int = option(32, "sequences that decode together at most", minimum=2)
     network_bytes_s: str = option("1GiB", "bytes a second at which KV leaves the machine", parse=parse_size)
-    overhead_ms: float = option(0.0, "milliseconds that router and endpoint add before and after a request", minimum=0)
+    overhead_ms: float = option(0.0, "milliseconds that router and endpoint add to the time of every token", minimum=0)
     watts: float = option(0.0, "of the machine", minimum=0)
     cost_per_hour: float = option(0.0, "of the machine", minimum=0)
 

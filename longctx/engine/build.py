@@ -25,6 +25,7 @@ from longctx.engine.landmark_build import (
 from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.page_budget import count_cores, count_pages
 from longctx.engine.page_place import PagePlace, make_near
+from longctx.engine.prefix_tier import open_prefix_store
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
@@ -107,6 +108,9 @@ def build_engine(
         config=config,
         max_context=parts.max_context,
         make_method=_choose_engine_method(parts, shards, pages),
+    )
+    engine.cache.store = open_prefix_store(
+        config, model_config, decoder, parts.pages, is_special=shards is not None or isinstance(parts.method, CCASpec)
     )
     logger.info(
         "%s: %s on %s, attention %s, %d pages of %d tokens (%.0f MiB), context %d tokens",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from parallel.option import option, parse_budget
+from parallel.option import option, parse_budget, parse_size
 
 KV_SHARES = {"cpu": 0.3, "cuda": 0.8}  # kv_bytes=auto: of what is available (workers share it), or free after weights
 
@@ -23,5 +23,9 @@ class EngineConfig:
     max_sequences: int = option(128, "sequences decoded together at most", minimum=1)
     max_waiting: int = option(512, "requests that may wait before new ones are refused", minimum=1)
     prefix_cache: bool = option(True, "share the pages of equal prompt prefixes")
+    prefix_folder: str | None = option(
+        None, "folder that keeps pages of prefixes, for the next start and for every worker that sees it; null: none"
+    )
+    prefix_bytes: str = option("8GiB", "that this folder may hold for one model", parse=parse_size)
     num_threads: int | None = option(None, "CPU threads; null: every core this process may use", minimum=1)
     cuda_graphs: bool = option(True, "capture decode steps as CUDA graphs on a GPU")

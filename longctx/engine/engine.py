@@ -8,6 +8,7 @@ KV arrives. Not thread-safe: ``EngineLoop`` runs it on one thread.
 
 import logging
 import secrets
+import time
 from collections.abc import Callable
 
 import torch
@@ -100,6 +101,16 @@ class Engine:
         for sequence in active.sequences:
             self._scheduler.enqueue(sequence)
 
+    def has_room(self, request: GenerationRequest) -> bool:
+        """Whether a request that is added now could start in the next step, as far as pages and rows go."""
+        scheduler, num_tokens = self._scheduler, len(request.prompt_token_ids)
+        if not self.cache.num_used:
+            return True
+        if scheduler.is_blocked or scheduler.waiting or not scheduler.has_rows(request.sampling.n):
+            return False
+        num_pages = self.pool.layout.num_pages(num_tokens)
+        return self.cache.num_available >= num_pages + len(self._rows.sequences)
+
     def cancel(self, request_id: str) -> None:
         """End a request or reservation and free its pages; an unknown id is no error."""
         self.release_reservation(request_id)
@@ -189,12 +200,16 @@ class Engine:
         if not chunks and not decoding:
             return []
         self._num_steps += 1
+        begun = time.perf_counter()
         on_layer = self._announcer if chunks and self._announcer.prepare(chunks) else None
         logits = self._runner.run(chunks, on_layer)
         ended = [chunk.sequence for chunk in chunks if self._advance_chunk(chunk)]
         deltas = self._sample(logits, decoding, ended) if decoding or ended else []
         if on_layer is not None:
             self._fail_exports()
+        if self.cache.store is not None and chunks and self.decoder.device.type == "cpu":
+            num_tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+            self.cache.store.note_computed(num_tokens, time.perf_counter() - begun)
         return deltas
 
     def progress(self, request_id: str) -> tuple[int, int]:
@@ -222,7 +237,11 @@ class Engine:
             attention=self.decoder.backend.name,
             device=str(self.decoder.device),
             dtype=str(self.decoder.dtype).removeprefix("torch."),
-            details={"num_steps": float(self._num_steps), "num_reserved": float(len(self._reserved))},
+            details={
+                "num_steps": float(self._num_steps),
+                "num_reserved": float(len(self._reserved)),
+                "num_loaded_pages": float(self.cache.store.num_loaded if self.cache.store else 0),
+            },
         )
 
     @property
@@ -243,6 +262,8 @@ class Engine:
     def close(self) -> None:
         """Nothing is computed any more."""
         self._runner.close()
+        if self.cache.store is not None:
+            self.cache.store.close()
 
     # Inside
 

@@ -18,6 +18,7 @@ from memory.prefix_cache import DigestChain, PrefixCache
 
 logger = logging.getLogger(__name__)
 
+LOADED_BYTES = 64 << 20  # of stored pages in one step
 MAX_PREEMPTIONS = 4  # of one sequence, while there is another to preempt
 
 
@@ -275,7 +276,8 @@ class Scheduler:
         """
         if budget <= 0 or len(chunks) == self._max_sequences:
             return 0
-        self._adopt_shared(sequence)
+        if self._adopt_shared(sequence):
+            return 0
         start, num_tokens = sequence.num_computed, sequence.num_tokens
         stop = min(num_tokens, start + budget)
         if stop < num_tokens:
@@ -285,22 +287,29 @@ class Scheduler:
         chunks.append(Chunk(sequence, start, stop))
         return stop - start
 
-    def _adopt_shared(self, sequence: Sequence) -> None:
-        """Skip pages that another sequence with the same prefix completed since this one started."""
+    def _adopt_shared(self, sequence: Sequence) -> bool:
+        """Skip pages that another sequence with the same prefix completed since this one started, or that are stored.
+
+        Returns whether there may be more stored ones, for the next step.
+        """
         if sequence.chain is None or not self.cache.enabled:
-            return
+            return False
         size = self._layout.page_size
         first, limit = sequence.num_computed // size, (sequence.num_tokens - 1) // size
         found = self.cache.match(sequence.chain.digests[first:limit])
-        if not found:
-            return
         last = first + len(found)
         self.cache.release(sequence.pages[first:last])
         sequence.pages[first:last] = found
-        sequence.num_computed, sequence.num_remembered = last * size, last
+        upto = min(limit, last + max(1, LOADED_BYTES // self._layout.page_bytes))
+        num_loaded = self.cache.load(sequence.chain.digests[last:upto], sequence.pages[last:upto])
+        if not found and not num_loaded:
+            return False
+        sequence.num_computed, sequence.num_remembered = (last + num_loaded) * size, last
+        self.remember(sequence)
         if not sequence.outputs:
             sequence.active.num_cached_tokens = sequence.num_computed
         self.is_blocked = False
+        return last + num_loaded == upto < limit
 
 
 def _key(sequence: Sequence) -> tuple[int, int]:
@@ -313,5 +322,7 @@ def _missing(sequence: Sequence) -> int:
 
 
 def _rows_wanted(sequence: Sequence) -> int:
-    """Decode rows the sequence takes once its tokens are computed."""
+    """Decode rows the sequence takes once its tokens are computed; elsewhere if it is exported."""
+    if sequence.active.export is not None:
+        return 0
     return 1 if sequence.active.is_forked else sequence.active.num_rows

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.policies.policy import Policy
 from tests.cluster.small_cluster import (
     TRANSPORTS,
     generate_alone,
@@ -91,19 +92,31 @@ def test_workers_that_wait_for_each_others_pages_go_on(folder, transport, num_wo
     assert all(generated.values())
 
 
-@pytest.mark.parametrize("ranks", [{"prefill_ranks": 2}, {"decode_ranks": 2}])
-def test_workers_of_several_ranks_do_both(folder, ranks):
-    config = make_config(
-        folder, policy="splitwise", max_batch_tokens=SMALL_STEPS, max_sequences=3, prefix_cache=False, **ranks
-    )
-    requests = [make_request(f"r{n}", make_prompt(n, 400)) for n in range(8)]
-    answers, generated, shipped, *_ = run_all(config, requests)
-    alone = replace(config, engine=replace(config.engine, max_sequences=16))
+class Backwards(Policy):
+    """Decode workers compute, prefill workers generate."""
+
+    repurposes = True
+
+    def choose(self, prefill, decode, *, num_tokens):
+        return prefill[-1], decode[0]
+
+
+@pytest.mark.parametrize("ranks", [{}, {"prefill_ranks": 2}, {"decode_ranks": 2}])
+def test_decode_workers_ship_to_prefill_workers(folder, ranks):
+    config = make_config(folder, policy="splitwise", **ranks)
+    requests = [make_request(f"r{n}", make_prompt(n, 300)) for n in range(3)]
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            cluster.router._policy = Backwards()
+            answers = [await cluster.answer(request) for request in requests]
+            return answers, {name: cluster.num_shipped(name) > 0 for name in cluster.workers}
+
+    answers, shipped = asyncio.run(scenario())
     assert [[delta.token_ids for delta in answer] for answer in answers] == [
-        [delta.token_ids for delta in expected] for expected in generate_alone(alone, requests)
+        [delta.token_ids for delta in expected] for expected in generate_alone(config, requests)
     ]
-    assert all(generated.values())
-    assert all(shipped.values())
+    assert shipped == {"prefill-0": False, "decode-0": True}
 
 
 @pytest.mark.parametrize("hit", ["kill", "freeze"])

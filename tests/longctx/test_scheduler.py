@@ -80,11 +80,11 @@ def check(scheduler):
 def test_prompts_are_cut_at_page_ends_first_come_first_served():
     scheduler = make_scheduler(max_batch_tokens=30)
     enqueue(scheduler, 1, 50)
-    enqueue(scheduler, 2, 5)
-    enqueue(scheduler, 3, 11)
+    enqueue(scheduler, 2, 26)
+    enqueue(scheduler, 3, 26)
     assert step(scheduler) == [(1, 0, 28)]
-    assert step(scheduler)[0] == (1, 28, 50)
-    assert [s.active.arrival for s in scheduler.rows.sequences] == [1, 2]  # 8 tokens were left: 5 fit, then 0 of 11
+    assert step(scheduler) == [(1, 28, 50), (2, 0, 8)]
+    assert [s.active.arrival for s in scheduler.rows.sequences] == [1]
 
 
 def test_several_short_prompts_share_a_step():

@@ -1,0 +1,119 @@
+"""engine.prefix_folder: an engine finds the prefixes of one that ended, or of its neighbour, and says the same."""
+
+from dataclasses import replace
+
+import pytest
+
+from longctx.attention.config import AttentionConfig
+from longctx.engine.build import build_engine
+from longctx.engine.config import EngineConfig
+from longctx.errors import ConfigError
+from longctx.models.config import ModelConfig
+from tests.cluster.small_cluster import make_prompt
+from tests.longctx.engines import make_request, run
+from tests.tiny_checkpoints import make_checkpoint
+
+CONFIG = EngineConfig(kv_bytes="2MiB", page_size=16, num_threads=1, max_sequences=8, max_batch_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama", max_position_embeddings=8192)
+
+
+def make_engine(folder, store, config=CONFIG, attention=None, **model):
+    config = replace(config, prefix_folder=None if store is None else str(store))
+    options = {"path": str(folder), "device": "cpu", "attention": "torch"} | model
+    return build_engine(ModelConfig(**options), config, attention=attention)
+
+
+def answer(engine, prompt, **options):
+    engine.add(make_request("r", prompt, **options))
+    deltas = run(engine)
+    tokens = tuple(token for delta in deltas for token in delta.token_ids)
+    return tokens, max(delta.num_cached_tokens for delta in deltas)
+
+
+def test_a_prefix_outlives_its_engine(folder, tmp_path):
+    prompt = make_prompt(0, 500)
+    first = make_engine(folder, tmp_path)
+    expected = answer(first, prompt)
+    assert expected[1] == 0
+    first.close()
+    second = make_engine(folder, tmp_path)
+    assert answer(second, prompt) == (expected[0], 496)
+    assert second.stats().details["num_loaded_pages"] == 31
+    longer = prompt + make_prompt(1, 100)
+    tokens, num_cached = answer(second, longer)
+    assert num_cached == 496
+    assert tokens == answer(make_engine(folder, None), longer)[0]
+    second.close()
+
+
+def test_neighbours_share_and_small_steps_load_little_at_a_time(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("longctx.engine.scheduler.LOADED_BYTES", 3 * 8192)
+    prompt = make_prompt(2, 400)
+    first, second = (make_engine(folder, tmp_path) for _ in range(2))
+    expected, _ = answer(first, prompt)
+    first.close()
+    second.add(make_request("r", prompt))
+    deltas, num_steps = [], 0
+    while not deltas:
+        deltas, num_steps = second.step(), num_steps + 1
+    assert num_steps == 8  # loads of three pages, the last one with the last tokens
+    assert max(delta.num_cached_tokens for delta in deltas) == 384
+    tokens = [token for delta in [*deltas, *run(second)] for token in delta.token_ids]
+    assert tuple(tokens) == expected
+    second.close()
+
+
+def test_pages_that_the_pool_has_lost_come_back(folder, tmp_path):
+    small = replace(CONFIG, kv_bytes=str(40 * 8192))
+    engine = make_engine(folder, tmp_path, small)
+    prompts = [make_prompt(seed, 480) for seed in range(3)]
+    expected = [answer(engine, prompt)[0] for prompt in prompts]
+    while engine.cache.store._waiting_bytes:
+        pass
+    again = [answer(engine, prompt) for prompt in prompts]
+    assert [tokens for tokens, _ in again] == expected
+    assert all(num_cached == 464 for _, num_cached in again)
+    assert engine.cache.num_used == 0
+    engine.close()
+
+
+def test_salts_and_models_share_nothing(folder, tmp_path):
+    prompt = make_prompt(3, 200)
+    other = make_checkpoint(tmp_path / "other", "llama", max_position_embeddings=8192, rms_norm_eps=1e-3)
+    first = make_engine(folder, tmp_path / "store")
+    answer(first, prompt, cache_salt="a")
+    first.close()
+    second = make_engine(folder, tmp_path / "store")
+    assert answer(second, prompt)[1] == 0
+    second.close()
+    third = make_engine(other, tmp_path / "store")
+    assert answer(third, prompt, cache_salt="a")[1] == 0
+    third.close()
+    fourth = make_engine(folder, tmp_path / "store")
+    assert answer(fourth, prompt, cache_salt="a")[1] == 192
+    fourth.close()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"prefix_cache": False}, "prefix_cache"),
+        ({"prefix_bytes": "1KiB"}, "at least two pages"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder, tmp_path, options, words):
+    with pytest.raises(ConfigError, match=words):
+        make_engine(folder, tmp_path, replace(CONFIG, **options))
+
+
+def test_a_folder_that_cannot_be_used_and_methods_without_pages_to_find(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        make_engine(folder, tmp_path / "file")
+    cca = make_checkpoint(tmp_path / "cca", "llama", longctx_attention={"name": "cca", "group_size": 4, "window": 20})
+    with pytest.raises(ConfigError, match="not allowed here"):
+        make_engine(cca, tmp_path / "store", attention=AttentionConfig())
