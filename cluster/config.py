@@ -71,7 +71,7 @@ class ClusterConfig:
         None, "GPUs that Ray gives each process; null: the cluster's divided by the processes, at most 1", minimum=0
     )
     heartbeat_s: float = option(0.25, "seconds between two signs of life of a worker", above=0)
-    worker_timeout_s: float = option(3.0, "seconds without a sign of life after which a worker counts as lost", above=0)
+    worker_timeout_s: float = option(1.5, "seconds without a sign of life after which a worker counts as lost", above=0)
     call_timeout_s: float = option(
         300.0, "seconds a worker that lives may take to answer; longer than its longest step", above=0
     )
