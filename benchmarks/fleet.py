@@ -10,7 +10,6 @@ throughput at 20 % lower cost, and 2.35x at equal power and cost.
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_run, keep_result

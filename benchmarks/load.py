@@ -29,11 +29,11 @@ async def send_wave(
         RuntimeError: the server refuses, fails, or sends another number of tokens.
         TimeoutError: it takes longer than ``timeout_s``.
     """
-    bodies = [_body(model, prompt, num_output_tokens) for prompt in prompts]
+    bodies = [make_body(model, prompt, num_output_tokens) for prompt in prompts]
     limits = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0)) as session:
         sending = [
-            _complete(session, url, body, num_prompt_tokens=len(prompt))
+            complete(session, url, body, num_prompt_tokens=len(prompt))
             for prompt, body in zip(prompts, bodies, strict=True)
         ]
         try:
@@ -45,7 +45,7 @@ async def send_wave(
     return timings
 
 
-def _body(model: str, prompt: Sequence[int], num_output_tokens: int) -> str:
+def make_body(model: str, prompt: Sequence[int], num_output_tokens: int) -> str:
     return json.dumps(
         {
             "model": model,
@@ -60,7 +60,7 @@ def _body(model: str, prompt: Sequence[int], num_output_tokens: int) -> str:
     )
 
 
-async def _complete(session: aiohttp.ClientSession, url: str, body: str, *, num_prompt_tokens: int) -> RequestTiming:
+async def complete(session: aiohttp.ClientSession, url: str, body: str, *, num_prompt_tokens: int) -> RequestTiming:
     sent_s = time.perf_counter()
     headers = {"content-type": "application/json"}
     async with session.post(f"{url}/v1/completions", data=body, headers=headers) as response:

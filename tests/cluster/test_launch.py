@@ -123,11 +123,10 @@ def test_interrupted_at_any_moment(tmp_path, delay_s):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
-def test_ray_dies(tmp_path, daemon):
+def test_ray_dies(tmp_path):
     with launch(tmp_path) as server:
         server.wait_until_ready()
-        next(each for each in server.family.values() if each.name() == daemon).kill()
+        next(each for each in server.family.values() if each.name() == "gcs_server").kill()
         assert server.process.wait(45) == 1
         assert server.output().splitlines()[-1] == "error: Ray stopped under longctx"
         check_nothing_is_left(server)

@@ -42,8 +42,8 @@ def enqueue(scheduler, arrival, length, *, n=1, first_token=None, export=None):
     return active.sequences[0]
 
 
-def step(scheduler):
-    """Schedule and pretend to compute; returns (arrival, start, stop) of the chunks."""
+def step(scheduler, *, holders=()):
+    """Schedule and pretend to compute; returns (arrival, start, stop) of the chunks. ``holders`` have pages, too."""
     chunks = scheduler.schedule()
     decoding = list(scheduler.rows.sequences)
     for chunk in chunks:
@@ -59,13 +59,13 @@ def step(scheduler):
         sequence.active.is_forked = True
         sequence.outputs.append(7)
         scheduler.rows.add(sequence)
-    check(scheduler)
+    check(scheduler, holders=holders)
     return [(chunk.sequence.active.arrival, chunk.start, chunk.stop) for chunk in chunks]
 
 
-def check(scheduler):
+def check(scheduler, *, holders=()):
     """Every row says what its sequence says, and no page belongs to two sequences unless shared on purpose."""
-    rows, holders = scheduler.rows, [*scheduler.rows.sequences, *scheduler.prefilling]
+    rows, holders = scheduler.rows, [*scheduler.rows.sequences, *scheduler.prefilling, *holders]
     for row, sequence in enumerate(rows.sequences):
         assert sequence.row == row
         assert rows.positions[row] == sequence.num_computed == sequence.num_tokens - 1
