@@ -27,8 +27,13 @@ class WorkerActor(ServingWorker):
     """A worker in a process of its own."""
 
     def __init__(self, name: str, role: str, config: ServeConfig) -> None:
+        self._deployment = config
         config, ranks = _on_this_node(name, config), _find_ranks(name, role, config)
         super().__init__(name, role, config, node_id=_node_id(), ranks=ranks, on_lost=_end_process)
+
+    async def describe_deployment(self) -> ServeConfig:
+        """The configuration of the deployment: another worker of it takes the same."""
+        return self._deployment
 
 
 class RankActor(RankWorker):
@@ -57,9 +62,18 @@ class ActorGroup:
 
 
 def create_worker(
-    name: str, role: str, config: ServeConfig, *, num_cpus: float, num_gpus: float, env_vars: dict[str, str]
+    name: str,
+    role: str,
+    config: ServeConfig,
+    *,
+    num_cpus: float,
+    num_gpus: float,
+    env_vars: dict[str, str],
+    outlives_us: bool = False,
 ) -> ActorGroup:
     """Create the actors of worker ``name``, each with so many CPUs and GPUs; they load nothing before its ``start``.
+
+    They end with this process unless they are to outlive it.
 
     Raises ``ValueError`` if the name is taken, ``LongctxError`` if the cluster has no room for its ranks.
     """
@@ -73,9 +87,11 @@ def create_worker(
         "max_task_retries": 0,
         "scheduling_strategy": "SPREAD",
     }
+    if outlives_us:
+        options["lifetime"] = "detached"
     if env_vars:
         options["runtime_env"] = {"env_vars": env_vars}
-    placement = _place(degree, num_cpus, num_gpus) if degree > 1 else None
+    placement = _place(degree, num_cpus, num_gpus, outlives_us) if degree > 1 else None
 
     def place(rank: int) -> dict[str, Any]:
         if placement is None:
@@ -99,10 +115,10 @@ def create_worker(
     return ActorGroup(RayHandle(name, role, actor), tuple(ranks), placement)
 
 
-def _place(num_ranks: int, num_cpus: float, num_gpus: float) -> PlacementGroup:
+def _place(num_ranks: int, num_cpus: float, num_gpus: float, outlives_us: bool) -> PlacementGroup:
     """Room for the ranks of one worker, as near to each other as there is."""
     bundle = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
-    placement = placement_group([bundle] * num_ranks, strategy="PACK")
+    placement = placement_group([bundle] * num_ranks, strategy="PACK", lifetime="detached" if outlives_us else None)
     if not placement.wait(PLACE_TIMEOUT_S):
         remove_placement_group(placement)
         free = ray.available_resources()
@@ -112,6 +128,21 @@ def _place(num_ranks: int, num_cpus: float, num_gpus: float) -> PlacementGroup:
             f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
         )
     return placement
+
+
+def kill_worker(handle: RayHandle) -> None:
+    """End a worker's processes for good, whoever made them, and give its room back."""
+    ranks = [
+        entry["name"]
+        for entry in ray.util.list_named_actors(all_namespaces=True)
+        if entry["name"].startswith(f"{handle.name}.")
+    ]
+    namespace = ray.get_runtime_context().namespace
+    for name in ranks:
+        with suppress(Exception):  # it may have gone
+            ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+    with suppress(Exception):
+        ray.kill(handle.actor, no_restart=True)
 
 
 def _find_ranks(name: str, role: str, config: ServeConfig) -> list[RayHandle]:

@@ -80,6 +80,10 @@ class ClusterConfig:
         30.0, "seconds that a request whose decode worker was lost waits for another, if there is none", minimum=0
     )
 
+    drain_timeout_s: float = option(
+        60.0, "seconds that requests may stay on a worker that drains; then they go on elsewhere", minimum=0
+    )
+
     @property
     def num_processes(self) -> int:
         """Processes that compute: every rank of every worker."""
@@ -144,6 +148,28 @@ class StatusConfig:
 
     server: ServerConfig = field(default_factory=ServerConfig)
     json: bool = option(False, "print JSON instead of a table")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAddConfig:
+    """Everything ``longctx worker add`` takes."""
+
+    ray: RayConfig = field(default_factory=RayConfig)
+    role: str = option("decode", "what it is for", choices=("prefill", "decode"))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDrainConfig:
+    """Everything ``longctx worker drain`` takes."""
+
+    ray: RayConfig = field(default_factory=RayConfig)
+    name: str | None = option(None, "the worker, as longctx status shows it")
+    then: str = option(
+        "remove",
+        "once it has nothing left: remove ends it, restart starts it anew, stay leaves it; undo: it takes requests again",
+        choices=("remove", "restart", "stay", "undo"),
+    )
+    timeout_s: float = option(600.0, "seconds to wait until it has nothing left", above=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,12 @@ class Deployment:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for group in self._groups:
             group.kill()
+        with suppress(Exception):
+            from cluster.actors import kill_worker
+            from cluster.ray_handle import list_workers
+
+            for handle in list_workers(self._config.ray.namespace):  # longctx worker add made them
+                kill_worker(handle)
 
     def _withdraw(self) -> None:
         """The endpoint down, also in the middle of its deployment: Ray's end under that thread would crash us."""

@@ -1,5 +1,6 @@
 """How the router reaches a worker, whatever it runs on."""
 
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 
@@ -19,6 +20,9 @@ class WorkerHandle(Protocol):
     async def call(self, method: str, /, *args: Any) -> Any:
         """Call a coroutine method of the worker. Raises what it raised, ``WorkerLostError`` if it is gone."""
         ...
+
+
+Roster = Callable[[], Awaitable[Sequence[WorkerHandle]]]  # the workers that there are now
 
 
 class NamedWorker(Protocol):

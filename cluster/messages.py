@@ -44,6 +44,7 @@ class WorkerReport:
     deltas: tuple[OutputDelta, ...]  # decode workers
     finished: tuple[tuple[str, str], ...]  # prefill workers: (request id, reason it failed, or "" if it was taken over)
     stats: WorkerStats | None = None  # now and then
+    is_draining: bool = False  # it takes nothing new
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class WorkerPeer:
     info: WorkerInfo | None = None
     transports: tuple[str, ...] = ()  # what it can send with
     is_alive: bool = False
+    is_draining: bool = False  # it takes nothing new
     reason: str = "it is loading the model"  # why not alive
     stats: WorkerStats | None = None
     pending: list[int] = field(default_factory=list)  # tokens of each prompt placed here that is to be computed
@@ -94,6 +95,11 @@ class WorkerPeer:
             answer.cancel()
 
     @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return self.is_alive and not self.is_draining
+
+    @property
     def pool(self) -> str:
         """What it does at the moment: its role, or ``"mixed"`` with work that it was not started for."""
         return "mixed" if self.load().is_mixed else self.role
@@ -139,7 +145,8 @@ class WorkerPeer:
 
     def health(self) -> WorkerHealth:
         """For ``/health``."""
-        return WorkerHealth(self.name, self.role, self.is_alive, "" if self.is_alive else self.reason)
+        reason = ("it is draining" if self.is_draining else "") if self.is_alive else self.reason
+        return WorkerHealth(self.name, self.role, self.is_open, reason)
 
     def describe(self) -> WorkerStats:
         """For ``/status`` and ``/metrics``: what was last heard."""
@@ -154,6 +161,7 @@ class WorkerPeer:
             bytes_shipped=known.bytes_shipped,
             sp_degree=self.sp_degree,
             alive=self.is_alive,
+            draining=self.is_draining,
             pool=self.pool,
         )
 
@@ -171,7 +179,8 @@ class Flight:
     transfers: bool = False  # its prompt is one that prefill workers are for
     digests: list[bytes] = field(default_factory=list)  # of the prompt's prefixes
     outputs: list[list[int] | None] = field(default_factory=list)  # what the client has; None: that sequence has ended
-    num_tries: int = 0
+    num_tries: int = 0  # that it was placed anew
+    num_lost: int = 0  # decode workers that were lost under it
 
     @property
     def num_tokens(self) -> int:

@@ -1,12 +1,18 @@
 """A worker actor as the router sees it. Knows nothing of what the actor runs, and so loads no torch."""
 
+import asyncio
+import re
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, TaskCancelledError
 
+from cluster.handle import Roster
 from longctx.errors import LongctxError, WorkerLostError
+
+WORKER_NAME = re.compile(r"(prefill|decode)-\d+")
 
 
 class RayHandle:
@@ -48,6 +54,25 @@ class RayHandle:
             raise WorkerLostError(f"the process of {self._name} ended for good") from None
         except RayError as error:
             raise WorkerLostError(f"{self._name} cannot be reached: {str(error).splitlines()[0]}") from None
+
+
+def make_roster(namespace: str) -> Roster:
+    """The worker actors of a namespace, by their names."""
+
+    async def roster() -> list[RayHandle]:
+        return await asyncio.to_thread(list_workers, namespace)
+
+    return roster
+
+
+def list_workers(namespace: str) -> list[RayHandle]:
+    """The worker actors of a namespace, without their other ranks."""
+    found = []
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        match = WORKER_NAME.fullmatch(entry["name"]) if entry["namespace"] == namespace else None
+        with suppress(ValueError):  # it has gone meanwhile
+            found += [find_worker(match[0], match[1], namespace)] if match else []
+    return found
 
 
 def find_worker(name: str, role: str, namespace: str) -> RayHandle:

@@ -20,19 +20,20 @@ from contextlib import suppress
 
 from cluster.config import ServeConfig
 from cluster.delta_buffer import DeltaBuffer
-from cluster.handle import WorkerHandle
+from cluster.handle import Roster, WorkerHandle
 from cluster.messages import Admission, WorkerReport
 from cluster.peer import PREFILL_WINDOW, Flight, WorkerPeer, make_flight
 from cluster.policies import POLICIES
 from cluster.policies.policy import Policy, WorkerLoad
 from cluster.serving import Health, NotReadyError, PromptTokenizer, ServedModel, WorkerStats
-from longctx.errors import LongctxError, QueueFullError, WorkerLostError
+from longctx.errors import LongctxError, QueueFullError, WorkerDrainedError, WorkerLostError
 from longctx.messages import GenerationRequest, OutputDelta
 
 logger = logging.getLogger(__name__)
 
 REJOIN_INTERVAL_S = 0.5  # between two attempts to reach a lost worker
 FULL_WAIT_S = 0.05  # longest wait before a full worker is asked again
+ROSTER_INTERVAL_S = 1.0  # between two looks at which workers there are
 MAX_TRIES = 3  # decode workers that may be lost under one request
 STOPPING = "the server is stopping"
 
@@ -45,15 +46,23 @@ class Router:
         config: the deployment's.
         model: how clients see it; its context is lowered to what the workers' pools hold.
         tokenizer: the model's.
+        roster: says which workers there are now; None: ``handles``, always.
     """
 
     def __init__(
-        self, handles: Sequence[WorkerHandle], config: ServeConfig, *, model: ServedModel, tokenizer: PromptTokenizer
+        self,
+        handles: Sequence[WorkerHandle],
+        config: ServeConfig,
+        *,
+        model: ServedModel,
+        tokenizer: PromptTokenizer,
+        roster: Roster | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._config = config
         self._peers = [WorkerPeer(handle, config.cluster.call_timeout_s) for handle in handles]
+        self._roster = roster
         self._policy: Policy = POLICIES.get(config.cluster.policy)()
         self._flights: dict[str, Flight] = {}  # by the id that workers know
         self._num_waiting = 0
@@ -67,6 +76,8 @@ class Router:
         """Begin to follow the workers; they may still be loading."""
         for peer in self._peers:
             self._spawn(self._follow(peer))
+        if self._roster is not None:
+            self._spawn(self._watch_roster(self._roster))
 
     async def stop(self) -> None:
         """End the requests in flight, placed or not; the workers go on."""
@@ -90,8 +101,8 @@ class Router:
                     if flight.decode is None:
                         await self._wait_for_place(flight)
                     deltas = await flight.buffer.take()
-                except WorkerLostError:
-                    self._retry(flight)
+                except (WorkerLostError, WorkerDrainedError) as error:
+                    self._retry(flight, is_lost=isinstance(error, WorkerLostError))
                     continue
                 num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 yield flight.to_client(deltas)
@@ -120,7 +131,7 @@ class Router:
 
     @property
     def _has_decode(self) -> bool:
-        return any(peer.is_alive for peer in self._decoders)
+        return any(peer.is_open for peer in self._decoders)
 
     @property
     def _decoders(self) -> list[WorkerPeer]:
@@ -216,7 +227,7 @@ class Router:
         """Prefill worker, if one is to be used, and decode worker; None if all of these are ``full``."""
         if self._is_stopping or not self._has_decode:
             raise self._not_ready()
-        alive = {peer.name: peer for peer in self._peers if peer.is_alive}
+        alive = {peer.name: peer for peer in self._peers if peer.is_open}
         loads = [self._load(peer, flight) for peer in alive.values()]
         any_role = self._policy.repurposes
         decode = [load for load in loads if (any_role or load.role == "decode") and load.name not in full]
@@ -231,7 +242,7 @@ class Router:
         return peer.load(flight.digests, num_tokens=flight.num_tokens, batch_tokens=batch_tokens)
 
     def _not_ready(self) -> NotReadyError:
-        lost = "; ".join(f"{peer.name}: {peer.reason}" for peer in self._decoders)
+        lost = "; ".join(f"{peer.name}: {peer.health().reason}" for peer in self._decoders)
         return NotReadyError(STOPPING if self._is_stopping else f"no decode worker is ready ({lost})")
 
     async def _wait_for_change(self) -> None:
@@ -245,11 +256,12 @@ class Router:
 
     # Leaving
 
-    def _retry(self, flight: Flight) -> None:
-        """A request's decode worker was lost: another goes on behind what the client has."""
+    def _retry(self, flight: Flight, *, is_lost: bool) -> None:
+        """A request's decode worker was lost, or drains: another goes on behind what the client has."""
         lost = flight.decode.name if flight.decode else "a worker"
         self._leave(flight, cancels=True)
-        if flight.num_tries + 1 >= MAX_TRIES:
+        flight.num_lost += is_lost
+        if flight.num_lost >= MAX_TRIES:
             raise WorkerLostError(f"decode worker {lost} was lost, the last of {MAX_TRIES} that tried this request")
         del self._flights[flight.request.request_id]
         flight.try_again()
@@ -282,8 +294,8 @@ class Router:
     # Following
 
     async def _follow(self, peer: WorkerPeer) -> None:
-        """Poll one worker for as long as the router lives."""
-        while True:
+        """Poll one worker for as long as it is on the roster."""
+        while peer in self._peers:
             try:
                 info = await peer.join(self._config.cluster)
                 logger.info("%s is ready (pid %d on %s)", peer.name, info.pid, info.host)
@@ -324,7 +336,42 @@ class Router:
         with suppress(LongctxError, TimeoutError):  # a lost one's requests are tried elsewhere
             await self._call(decode, "compute_here", request_id, reason)
 
+    async def _watch_roster(self, roster: Roster) -> None:
+        """Follow workers that have come, and forget those that have gone."""
+        while True:
+            await asyncio.sleep(ROSTER_INTERVAL_S)
+            try:
+                handles = {handle.name: handle for handle in await roster()}
+            except Exception as error:  # noqa: BLE001 - who there was is still there, as far as is known
+                logger.warning("which workers there are is not known: %s", error)
+                continue
+            known = {peer.name for peer in self._peers}
+            for name in handles.keys() - known:
+                logger.info("%s has come", name)
+                self._peers.append(WorkerPeer(handles[name], self._config.cluster.call_timeout_s))
+                self._spawn(self._follow(self._peers[-1]))
+            for peer in [peer for peer in self._peers if peer.name not in handles and not peer.is_alive]:
+                logger.info("%s has gone", peer.name)
+                self._peers.remove(peer)
+
+    def _drain(self, peer: WorkerPeer, *, is_draining: bool) -> None:
+        """It takes nothing new; what it has may stay for a while."""
+        logger.info("%s %s", peer.name, "drains" if is_draining else "takes requests again")
+        peer.is_draining = is_draining
+        if is_draining:
+            timeout_s = self._config.cluster.drain_timeout_s
+            asyncio.get_running_loop().call_later(timeout_s, self._move_on, peer)
+        self._note_change()
+
+    def _move_on(self, peer: WorkerPeer) -> None:
+        is_alone = not self._has_decode  # then what it has stays with it
+        for flight in [] if is_alone or not peer.is_draining else list(self._flights.values()):
+            if flight.decode is peer:
+                flight.buffer.fail(WorkerDrainedError(f"{peer.name} drains"))
+
     def _take(self, peer: WorkerPeer, report: WorkerReport) -> None:
+        if report.is_draining != peer.is_draining:
+            self._drain(peer, is_draining=report.is_draining)
         if report.stats is not None:
             peer.stats = report.stats
         for request_id, reason in report.finished:

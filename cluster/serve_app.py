@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from cluster.config import ServeConfig, ServerConfig
 from cluster.endpoint import make_app
 from cluster.listener import ENDING_S, Listener
-from cluster.ray_handle import find_worker
+from cluster.ray_handle import find_worker, make_roster
 from cluster.router import Router
 from cluster.serving import ServedModel
 from longctx.errors import ConfigError
@@ -134,7 +134,8 @@ def make_router_app(config: ServeConfig, model: ServedModel, workers: Sequence[t
     logging.getLogger("cluster.router").setLevel(logging.INFO)  # workers that come and go
     tokenizer = load_tokenizer(inspect_checkpoint(config.model.path), config.model.chat_template)
     handles = [find_worker(name, role, config.ray.namespace) for name, role in workers]
-    return make_app(Router(handles, config, model=model, tokenizer=tokenizer), config.server)
+    roster = make_roster(config.ray.namespace)
+    return make_app(Router(handles, config, model=model, tokenizer=tokenizer, roster=roster), config.server)
 
 
 def _make_builder(

@@ -46,6 +46,7 @@ class WorkerStats:
     bytes_shipped: int = 0  # KV bytes sent to other workers since the start
     sp_degree: int = 1  # ranks that share its sequences
     pool: str = ""  # "mixed" while it has work that it was not started for, else its role
+    draining: bool = False  # it takes nothing new
     alive: bool = True  # false: lost; ``engine`` is what was last heard
 
 

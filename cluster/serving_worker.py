@@ -14,6 +14,7 @@ from cluster.prefill_side import PrefillSide
 from cluster.shipping import choose_sending_pool, receives, sends
 from cluster.worker import Worker
 from longctx.engine.build import MakePool
+from longctx.errors import LongctxError
 from longctx.messages import GenerationRequest
 from memory.messages import LeaseGrant
 
@@ -58,12 +59,16 @@ class ServingWorker(Worker):
 
     async def prefill(self, request: GenerationRequest, grants: Sequence[LeaseGrant]) -> None:
         """See ``PrefillSide.prefill``."""
+        if self._is_draining:
+            raise LongctxError(f"{self.name} is draining")
         await self.prefill_side.prefill(request, grants)
 
     async def admit(
         self, request: GenerationRequest, transport: str | None, num_senders: int = 1, waits: bool = True
     ) -> Admission:
         """See ``DecodeSide.admit``."""
+        if self._is_draining:
+            return Admission("full")
         return await self.decode_side.admit(request, transport, num_senders, waits=waits)
 
     async def compute_here(self, request_id: str, reason: str) -> None:

@@ -59,7 +59,7 @@ def _describe_worker(worker: dict[str, Any]) -> tuple[str, ...]:
         worker["name"],
         worker["role"],
         worker["pool"] or worker["role"],
-        "alive" if worker["alive"] else "lost",
+        ("draining" if worker["draining"] else "alive") if worker["alive"] else "lost",
         worker["host"],
         str(worker["pid"]),
         str(worker["sp_degree"]),

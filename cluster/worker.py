@@ -75,6 +75,7 @@ class Worker(ABC):
         self._is_closed = False
         self.ranks = RankPeers(ranks, config.cluster)
         self._on_lost = on_lost
+        self._is_draining = False
         self._lost = ""  # a rank or the engine, and why: nothing works any more
         self._stats: WorkerStats | None = None
         self._stats_due = 0.0
@@ -119,7 +120,16 @@ class Worker(ABC):
         self._check_open()
         self._news.clear()
         deltas, finished = _drain(self._deltas), _drain(self._finished)
-        return WorkerReport(self.incarnation, deltas, finished, self._take_stats())
+        return WorkerReport(self.incarnation, deltas, finished, self._take_stats(), self._is_draining)
+
+    async def drain(self, is_draining: bool = True) -> None:
+        """Take nothing new from now on, or again; what is here goes on."""
+        self._is_draining = is_draining
+        self._announce()
+
+    async def count_requests(self) -> int:
+        """Requests, reservations and exports that are here."""
+        return await self.on_engine(lambda: self.engine.num_requests)
 
     async def cancel(self, request_id: str) -> None:
         """End a request wherever it stands; an unknown one is no error."""

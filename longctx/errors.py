@@ -47,6 +47,10 @@ class QueueFullError(LongctxError):
         self.retry_after_s = retry_after_s
 
 
+class WorkerDrainedError(LongctxError):
+    """A worker that takes nothing new gives a request up; another one goes on with it."""
+
+
 class WorkerLostError(LongctxError):
     """A worker died or stopped answering while it held the request."""
 

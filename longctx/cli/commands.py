@@ -60,6 +60,18 @@ COMMANDS = {
             "cluster.status:status",
         ),
         Command(
+            "worker add",
+            "start one more worker of a deployment in a Ray cluster, while it serves",
+            "cluster.config:WorkerAddConfig",
+            "cluster.worker_commands:add",
+        ),
+        Command(
+            "worker drain",
+            "let a worker finish what it has, and end or restart it, while the deployment serves",
+            "cluster.config:WorkerDrainConfig",
+            "cluster.worker_commands:drain",
+        ),
+        Command(
             "train",
             "train or fine-tune a model over data and sequence parallel ranks, here or on a Ray cluster",
             "longctx.training.config:TrainConfig",

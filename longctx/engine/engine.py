@@ -187,6 +187,11 @@ class Engine:
     # Work
 
     @property
+    def num_requests(self) -> int:
+        """Requests that wait, run or are reserved, and exports that have not arrived."""
+        return len(self._requests) + len(self._reserved)
+
+    @property
     def has_work(self) -> bool:
         """Whether ``step`` would compute something; what waits for pages of exports or reservations does not count."""
         return self._scheduler.has_work
