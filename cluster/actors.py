@@ -30,6 +30,7 @@ class WorkerActor(ServingWorker):
         self._deployment = config
         config, ranks = _on_this_node(name, config), _find_ranks(name, role, config)
         super().__init__(name, role, config, node_id=_node_id(), ranks=ranks, on_lost=_end_process)
+        self.deployment = self._deployment.digest
 
     async def describe_deployment(self) -> ServeConfig:
         """The configuration of the deployment: another worker of it takes the same."""

@@ -1,5 +1,6 @@
 """What the ``cluster``, ``server`` and ``ray`` groups of the configuration hold. Neither ray nor torch here."""
 
+import hashlib
 from dataclasses import dataclass, field
 
 from cluster.policies import POLICIES
@@ -132,6 +133,12 @@ class ServeConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    @property
+    def digest(self) -> str:
+        """Differs between deployments whose workers cannot stand in for each other."""
+        parts = (self.model, self.engine, self.attention, self.transport, self.cluster)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

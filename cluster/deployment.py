@@ -137,7 +137,7 @@ class Deployment:
             self._groups.append(group)  # one by one: those that there are end with us if the next cannot be
 
     def _deploy(self) -> None:
-        self._app.deploy(self._model, [(group.handle.name, group.handle.role) for group in self._groups])
+        self._app.deploy(self._model)
 
     def _await_health(self) -> None:
         """Until the endpoint says it is ready: the router has found the workers."""

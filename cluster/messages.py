@@ -22,6 +22,7 @@ class WorkerInfo:
     pid: int
     max_context: int  # tokens of prompt and output together that fit its pool
     sp_degree: int = 1  # ranks that share its sequences
+    deployment: str = ""  # digest of the configuration that it was made with, if it was made for one
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class WorkerPeer:
 
     handle: WorkerHandle
     call_timeout_s: float  # for what it answers between two steps
+    deployment: str = ""  # that it has to belong to, if it says
     info: WorkerInfo | None = None
     transports: tuple[str, ...] = ()  # what it can send with
     is_alive: bool = False
@@ -56,6 +57,8 @@ class WorkerPeer:
         """Wait until it has loaded the model, and make it forget what came before. Raises what went wrong."""
         start = self.handle.call("start")
         info: WorkerInfo = await _within(config.start_timeout_s, start, failure="it did not load the model in")
+        if info.deployment and info.deployment != self.deployment:
+            raise WorkerLostError("it belongs to another deployment, with another configuration")
         await self.call("reset")
         self.transports = await self.call("transports")
         self.prefixes.clear()

@@ -61,7 +61,7 @@ class Router:
         self.model = model
         self.tokenizer = tokenizer
         self._config = config
-        self._peers = [WorkerPeer(handle, config.cluster.call_timeout_s) for handle in handles]
+        self._peers = [self._make_peer(handle) for handle in handles]
         self._roster = roster
         self._policy: Policy = POLICIES.get(config.cluster.policy)()
         self._flights: dict[str, Flight] = {}  # by the id that workers know
@@ -126,6 +126,9 @@ class Router:
     async def worker_stats(self) -> list[WorkerStats]:
         """Every worker, as last heard."""
         return [peer.describe() for peer in self._peers]
+
+    def _make_peer(self, handle: WorkerHandle) -> WorkerPeer:
+        return WorkerPeer(handle, self._config.cluster.call_timeout_s, self._config.digest)
 
     # Placing
 
@@ -313,7 +316,7 @@ class Router:
         if not peer.is_alive:
             peer.reason = reason
             return
-        logger.error("%s is lost: %s", peer.name, reason)
+        logger.log(logging.INFO if peer.is_draining else logging.ERROR, "%s is lost: %s", peer.name, reason)
         peer.lose(reason)
         if peer in self._decoders:
             self._lost_at = asyncio.get_running_loop().time()
@@ -348,7 +351,7 @@ class Router:
             known = {peer.name for peer in self._peers}
             for name in handles.keys() - known:
                 logger.info("%s has come", name)
-                self._peers.append(WorkerPeer(handles[name], self._config.cluster.call_timeout_s))
+                self._peers.append(self._make_peer(handles[name]))
                 self._spawn(self._follow(self._peers[-1]))
             for peer in [peer for peer in self._peers if peer.name not in handles and not peer.is_alive]:
                 logger.info("%s has gone", peer.name)

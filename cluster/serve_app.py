@@ -5,7 +5,7 @@ process on its way out. In a cluster that was joined, Serve's HTTP proxy listens
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from cluster.config import ServeConfig, ServerConfig
 from cluster.endpoint import make_app
 from cluster.listener import ENDING_S, Listener
-from cluster.ray_handle import find_worker, make_roster
+from cluster.ray_handle import list_workers, make_roster
 from cluster.router import Router
 from cluster.serving import ServedModel
 from longctx.errors import ConfigError
@@ -62,12 +62,10 @@ class ServeApp:
         self.found_serve = True
         self._owns_serve = set(serve.status().applications) == {self._name}  # left by one that was killed
 
-    def deploy(self, model: ServedModel, workers: Sequence[tuple[str, str]]) -> None:
+    def deploy(self, model: ServedModel) -> None:
         """Start Serve and the endpoint on ``server.host:server.port``; returns when it answers.
 
-        Args:
-            model: how clients see it.
-            workers: (name, role) of each worker actor.
+        The worker actors have been created. ``model``: how clients see it.
         """
         self._is_deployed = True
         server = self._config.server
@@ -75,7 +73,7 @@ class ServeApp:
         location = "HeadOnly" if self._has_proxy else "Disabled"
         serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
         deployment = serve.deployment(**deployment_options())
-        build = _make_builder(self._config, model, workers)
+        build = _make_builder(self._config, model)
         if self._has_proxy:
             behind: Any = deployment(serve.ingress(build)(BehindProxy))
             serve.run(behind.bind(), name=self._name, route_prefix="/")
@@ -125,7 +123,7 @@ def deployment_options() -> dict[str, Any]:
     }
 
 
-def make_router_app(config: ServeConfig, model: ServedModel, workers: Sequence[tuple[str, str]]) -> Starlette:
+def make_router_app(config: ServeConfig, model: ServedModel) -> Starlette:
     """The application in the replica's process, where neither torch nor an engine is loaded."""
     from longctx.models.checkpoint import inspect_checkpoint
     from longctx.models.tokenizer import load_tokenizer
@@ -133,15 +131,13 @@ def make_router_app(config: ServeConfig, model: ServedModel, workers: Sequence[t
     log_to_terminal("endpoint", logging.WARNING)
     logging.getLogger("cluster.router").setLevel(logging.INFO)  # workers that come and go
     tokenizer = load_tokenizer(inspect_checkpoint(config.model.path), config.model.chat_template)
-    handles = [find_worker(name, role, config.ray.namespace) for name, role in workers]
+    handles = list_workers(config.ray.namespace)  # some may have come or gone since the deployment began
     roster = make_roster(config.ray.namespace)
     return make_app(Router(handles, config, model=model, tokenizer=tokenizer, roster=roster), config.server)
 
 
-def _make_builder(
-    config: ServeConfig, model: ServedModel, workers: Sequence[tuple[str, str]]
-) -> Callable[[], Starlette]:
+def _make_builder(config: ServeConfig, model: ServedModel) -> Callable[[], Starlette]:
     def build() -> Starlette:
-        return make_router_app(config, model, workers)
+        return make_router_app(config, model)
 
     return build

@@ -56,6 +56,6 @@ def _start(config: ServeConfig, model: ServedModel) -> Starlette:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     groups = list(create_workers(config, nodes, shares_cores=config.cluster.num_processes > len(nodes)))
     wait_for_workers(start_workers(groups), timeout_s=config.cluster.start_timeout_s)
-    app = make_router_app(config, model, [(group.handle.name, group.handle.role) for group in groups])
+    app = make_router_app(config, model)
     app.state.workers = groups  # owned as long as the application lives
     return app

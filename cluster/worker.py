@@ -76,6 +76,7 @@ class Worker(ABC):
         self.ranks = RankPeers(ranks, config.cluster)
         self._on_lost = on_lost
         self._is_draining = False
+        self.deployment = ""  # digest of the configuration that it was made with
         self._lost = ""  # a rank or the engine, and why: nothing works any more
         self._stats: WorkerStats | None = None
         self._stats_due = 0.0
@@ -108,6 +109,7 @@ class Worker(ABC):
             os.getpid(),
             self.engine.max_context,
             self.ranks.sp_degree,
+            self.deployment,
         )
 
     async def poll(self, max_wait_s: float) -> WorkerReport:

@@ -113,9 +113,8 @@ class _Fleet:
 
     def _place(self, job: Job, *, transfers: bool) -> bool:
         num_tokens, any_role = job.request.num_prompt_tokens, self._policy.repurposes
-        loads = [machine.load(num_tokens) for machine in self.machines]
-        prefill = [load for load in loads if transfers and (any_role or load.role == "prefill")]
-        decode = [load for load in loads if any_role or load.role == "decode"]
+        prefill = self._loads(num_tokens, "" if any_role else "prefill") if transfers else []
+        decode = prefill if transfers and any_role else self._loads(num_tokens, "" if any_role else "decode")
         while decode:
             computer, generator = self._policy.choose(prefill, decode, num_tokens=num_tokens)
             if computer is not None and computer.has_long_queue(num_tokens):
@@ -126,6 +125,10 @@ class _Fleet:
                 return True
             decode = [load for load in decode if load is not generator]
         return False
+
+    def _loads(self, num_tokens: int, role: str) -> list[WorkerLoad]:
+        """Of the machines of one role, or all."""
+        return [machine.load(num_tokens) for machine in self.machines if not role or machine.role == role]
 
     def _hand_over(self, job: Job, computer: WorkerLoad | None, target: Machine) -> None:
         source = target if computer is None else self._by_name[computer.name]

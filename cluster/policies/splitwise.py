@@ -31,8 +31,12 @@ class Splitwise(Policy):
 
 def _pools(loads: Sequence[WorkerLoad], *, home: str) -> Iterator[list[WorkerLoad]]:
     """The workers by pool, in the order in which they are asked; pools without any are left out."""
+    at_home = [load for load in loads if load.role == home and not load.is_mixed]
+    if at_home:
+        yield at_home
     mixed = [load for load in loads if load.is_mixed]
-    pure = [load for load in loads if not load.is_mixed]
-    at_home = [load for load in pure if load.role == home]
-    away = [load for load in pure if load.role != home]
-    yield from (pool for pool in (at_home, mixed, away) if pool)
+    if mixed:
+        yield mixed
+    away = [load for load in loads if load.role != home and not load.is_mixed]
+    if away:
+        yield away

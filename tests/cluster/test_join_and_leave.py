@@ -13,7 +13,7 @@ from tests.cluster.small_cluster import generate_alone, join, make_config, make_
 from tests.longctx.engines import GREEDY, make_request
 from tests.tiny_checkpoints import make_checkpoint
 
-LONG = replace(GREEDY, max_tokens=1500)
+LONG = replace(GREEDY, max_tokens=500)
 
 
 @pytest.fixture(scope="module")
