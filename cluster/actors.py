@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
 from cluster.rank_worker import RankWorker
-from cluster.ray_handle import RayHandle, find_worker
+from cluster.ray_handle import RayHandle, find_worker, list_actors
 from cluster.serving_worker import ServingWorker
 from longctx.errors import LongctxError
 from longctx.terminal_log import log_to_terminal
@@ -131,17 +131,12 @@ def _place(num_ranks: int, num_cpus: float, num_gpus: float, outlives_us: bool) 
     return placement
 
 
-def kill_worker(handle: RayHandle) -> None:
+def kill_worker(handle: RayHandle, namespace: str) -> None:
     """End a worker's processes for good, whoever made them, and give its room back."""
-    ranks = [
-        entry["name"]
-        for entry in ray.util.list_named_actors(all_namespaces=True)
-        if entry["name"].startswith(f"{handle.name}.")
-    ]
-    namespace = ray.get_runtime_context().namespace
-    for name in ranks:
-        with suppress(Exception):  # it may have gone
-            ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+    for name in list_actors(namespace):
+        if name.startswith(f"{handle.name}."):
+            with suppress(Exception):  # it may have gone
+                ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
     with suppress(Exception):
         ray.kill(handle.actor, no_restart=True)
 

@@ -173,7 +173,7 @@ class WorkerDrainConfig:
     name: str | None = option(None, "the worker, as longctx status shows it")
     then: str = option(
         "remove",
-        "once it has nothing left: remove ends it, restart starts it anew, stay leaves it; undo: it takes requests again",
+        "once nothing is left: remove ends it, restart starts it anew, stay leaves it; undo: it takes requests again",
         choices=("remove", "restart", "stay", "undo"),
     )
     timeout_s: float = option(600.0, "seconds to wait until it has nothing left", above=0)

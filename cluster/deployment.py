@@ -92,8 +92,9 @@ class Deployment:
             from cluster.actors import kill_worker
             from cluster.ray_handle import list_workers
 
-            for handle in list_workers(self._config.ray.namespace):  # longctx worker add made them
-                kill_worker(handle)
+            namespace = self._config.ray.namespace
+            for handle in list_workers(namespace):  # longctx worker add made them
+                kill_worker(handle, namespace)
 
     def _withdraw(self) -> None:
         """The endpoint down, also in the middle of its deployment: Ray's end under that thread would crash us."""

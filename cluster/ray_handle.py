@@ -68,11 +68,16 @@ def make_roster(namespace: str) -> Roster:
 def list_workers(namespace: str) -> list[RayHandle]:
     """The worker actors of a namespace, without their other ranks."""
     found = []
-    for entry in ray.util.list_named_actors(all_namespaces=True):
-        match = WORKER_NAME.fullmatch(entry["name"]) if entry["namespace"] == namespace else None
+    for match in filter(None, map(WORKER_NAME.fullmatch, list_actors(namespace))):
         with suppress(ValueError):  # it has gone meanwhile
-            found += [find_worker(match[0], match[1], namespace)] if match else []
+            found.append(find_worker(match[0], match[1], namespace))
     return found
+
+
+def list_actors(namespace: str) -> list[str]:
+    """Names of a namespace's actors."""
+    entries: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    return [entry["name"] for entry in entries if entry["namespace"] == namespace]
 
 
 def find_worker(name: str, role: str, namespace: str) -> RayHandle:

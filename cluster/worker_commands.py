@@ -105,7 +105,10 @@ def _drain(config: WorkerDrainConfig, name: str) -> None:
         logger.info("%s takes requests again", name)
         return
     deadline, told = time.monotonic() + config.timeout_s, -1
-    while (left := ray.get(handle.actor.count_requests.remote(), timeout=ANSWER_TIMEOUT_S)) > 0:
+    while True:
+        left: Any = ray.get(handle.actor.count_requests.remote(), timeout=ANSWER_TIMEOUT_S)
+        if not left:
+            break
         if left != told:
             logger.info("%s drains: %d requests left", name, left)
             told = left
@@ -113,7 +116,7 @@ def _drain(config: WorkerDrainConfig, name: str) -> None:
             raise LongctxError(f"{name} still has {left} requests after {config.timeout_s:g} s; it goes on draining")
         time.sleep(POLL_S)
     if config.then == "remove":
-        kill_worker(handle)
+        kill_worker(handle, config.ray.namespace)
     elif config.then == "restart":
         ray.kill(handle.actor, no_restart=False)
     logger.info(

@@ -80,7 +80,8 @@ def read_profile(content: Any, origin: str) -> MachineProfile:
         name: _read_table(content[name], f"machine profile {origin}: {name}")
         for name in ("prompt_times", "token_times")
     }
-    return MachineProfile(**(content | tables))
+    values: dict[str, Any] = content | tables
+    return MachineProfile(**values)
 
 
 def save_profile(profile: MachineProfile, path: Path) -> None:
