@@ -182,6 +182,8 @@ async def run(
             await striking
         for process in victims.values():
             process.thaw()
+            if not process.is_alive:
+                await process.restart()
         left = await find_leaks(cluster, processes, before)
         own_after = len(os.listdir("/proc/self/fd"))
         if own_after > own_before + 4 * len(victims):

@@ -63,6 +63,11 @@ class ProcessHandle:
         """Of the process as it is now."""
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a process."""
+        return self._process.is_alive()
+
     def kill(self) -> None:
         """SIGKILL."""
         self._signal(signal.SIGKILL)
