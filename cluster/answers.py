@@ -19,8 +19,8 @@ DONE = b"data: [DONE]\n\n"
 class Choice:
     """One sequence so far, for an answer in one piece."""
 
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list, repr=False)
+    logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
     finish_reason: str | None = None
 
     def add(self, delta: OutputDelta) -> None:

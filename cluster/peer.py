@@ -181,7 +181,8 @@ class Flight:
     num_pending_tokens: int = 0  # that it is to compute
     transfers: bool = False  # its prompt is one that prefill workers are for
     digests: list[bytes] = field(default_factory=list)  # of the prompt's prefixes
-    outputs: list[list[int] | None] = field(default_factory=list)  # what the client has; None: that sequence has ended
+    # What the client has; None: that sequence has ended.
+    outputs: list[list[int] | None] = field(default_factory=list, repr=False)
     num_tries: int = 0  # that it was placed anew
     num_lost: int = 0  # decode workers that were lost under it
 

@@ -66,7 +66,9 @@ class Answer:
             async with asyncio.timeout(FAIL_S):
                 await self._fail(error)
         except TimeoutError:
-            logger.info("%s: the client does not read; it was not told: %s", self._headers["x-request-id"], error)
+            # Not the error's text, which may quote the request.
+            told = error.code or error.param or error.kind
+            logger.info("%s: the client does not read; it was not told: %s", self._headers["x-request-id"], told)
 
     async def _fail(self, error: ApiError) -> None:
         if self.started:

@@ -1,6 +1,7 @@
 """What crosses a process in serving: frozen, slotted dataclasses without I/O. (KV leases: ``memory/messages.py``.)
 
-No torch here: the endpoint, the router and the CLI read this file.
+No torch here: the endpoint, the router and the CLI read this file. A ``repr`` shows nothing that a client sent or got:
+it may be logged.
 """
 
 from dataclasses import dataclass, field
@@ -33,14 +34,15 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # relative to the most likely token, [0, 1]
     seed: int | None = None  # None: drawn at random when the request is added
-    stop: tuple[str, ...] = ()  # strings that end the text; not part of the output
-    stop_token_ids: tuple[int, ...] = ()  # ids that end the text, besides the model's own end-of-sequence ids
+    stop: tuple[str, ...] = field(default=(), repr=False)  # strings that end the text; not part of the output
+    # Ids that end the text, besides the model's own end-of-sequence ids.
+    stop_token_ids: tuple[int, ...] = field(default=(), repr=False)
     ignore_eos: bool = False  # go on past end-of-sequence (benchmarks)
     presence_penalty: float = 0.0  # [-2, 2]
     frequency_penalty: float = 0.0  # [-2, 2]
     repetition_penalty: float = 1.0  # > 0; applies to prompt and output tokens
     logprobs: int | None = None  # None: off; 0: the chosen token; k: also the k most likely, at most 20
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    logit_bias: tuple[tuple[int, float], ...] = field(default=(), repr=False)  # (token id, added to its logit)
     attention: AttentionOptions | None = None  # how it attends to its context; an extension of ours
 
 
@@ -49,27 +51,28 @@ class GenerationRequest:
     """One prompt and how to continue it."""
 
     request_id: str
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
     sampling: SamplingParams
-    cache_salt: str = ""  # prefixes are shared only within one salt
-    outputs: tuple[tuple[int, ...] | None, ...] = ()  # tokens that each of the n sequences has; None: it has ended
+    cache_salt: str = field(default="", repr=False)  # prefixes are shared only within one salt
+    # Tokens that each of the n sequences has; None: it has ended.
+    outputs: tuple[tuple[int, ...] | None, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log probability of one sampled token, before penalties and temperature, with the most likely alternatives."""
 
-    token_id: int
+    token_id: int = field(repr=False)
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+    top: tuple[tuple[int, float], ...] = field(default=(), repr=False)  # (token id, logprob), most likely first
 
 
 @dataclass(frozen=True, slots=True)
 class FirstTokens:
     """What a prefill worker sampled at the prompt's last position; travels in the KV transfer's commit frame."""
 
-    token_ids: tuple[int, ...]  # one for each of the n sequences
-    logprobs: tuple[TokenLogprob, ...] = ()  # one for each, if asked for
+    token_ids: tuple[int, ...] = field(repr=False)  # one for each of the n sequences
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)  # one for each, if asked for
     seed: int = 0  # the seed in use, drawn by the prefill worker if the request had none
     num_cached_tokens: int = 0  # prompt tokens found in the prefill worker's prefix cache
 
@@ -80,11 +83,11 @@ class OutputDelta:
 
     request_id: str
     index: int  # which of the request's n sequences
-    token_ids: tuple[int, ...]
-    text: str  # decoded text that can no longer change; stop strings are cut off
-    logprobs: tuple[TokenLogprob, ...] = ()  # one per token id, if asked for
+    token_ids: tuple[int, ...] = field(repr=False)
+    text: str = field(repr=False)  # decoded text that can no longer change; stop strings are cut off
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)  # one per token id, if asked for
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None  # the stop string or token id that matched
+    stop_reason: str | int | None = field(default=None, repr=False)  # the stop string or token id that matched
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose KV was not computed for this request
     error: str | None = None  # with finish_reason "error"

@@ -1,6 +1,6 @@
 """What memory components say to each other across processes: frozen dataclasses without I/O."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,5 +21,5 @@ class LeaseGrant:
     num_tokens: int  # tokens of the sequence that will hold valid KV after commit
     layout_digest: str  # KVLayout.digest() of the receiver's pool
     ttl_s: float  # seconds without a valid frame of one of the senders after which the receiver frees the pages
-    key: bytes  # HMAC key of this lease
+    key: bytes = field(repr=False)  # HMAC key of this lease
     num_senders: int = 1  # connections that fill the lease together

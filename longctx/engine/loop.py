@@ -145,7 +145,8 @@ class EngineLoop:
             raise
         except Exception as error:  # requests in flight get it; the engine goes on with none
             logger.exception("a step failed; ending the requests in flight")
-            return self.engine.fail_all(f"the engine failed: {error}")
+            # Everybody in flight is told, and the text may be of one request alone.
+            return self.engine.fail_all(f"the engine failed with {type(error).__name__}; its log says more")
 
     def _deliver(self, deltas: list[OutputDelta]) -> None:
         if not deltas:

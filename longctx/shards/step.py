@@ -4,7 +4,7 @@ A sequence's pages are told once: the next steps in a row in which it takes part
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ class Segment:
     samples: bool  # whether the next token is sampled from the last of them
     rope_floor: int  # the shortest length that length-dependent RoPE sees at them
     export: str  # the request whose KV is shipped, or empty
-    token_ids: Int64Array  # [stop - start]
+    token_ids: Int64Array = field(repr=False)  # [stop - start]
     pages: Int32Array  # of the whole sequence, as rank 0 numbers them
 
 
