@@ -101,11 +101,39 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on", minimum=1, maximum=65535)
-    api_keys: list[str] = option([], "keys accepted as Authorization: Bearer KEY; empty: none is asked for")
-    api_key_file: str | None = option(None, "file with one API key per line, added to api_keys")
+    api_keys: list[str] = option(
+        [],
+        "keys accepted as Authorization: Bearer KEY, named key-0, key-1, ...; empty: none is asked for",
+        secret=True,
+    )
+    api_key_file: str | None = option(
+        None,
+        "file of more keys, as longctx keys writes it: NAME:sha256:HEX or a key a line; read again when it changes",
+    )
+    key_max_requests: int = option(
+        0, "requests of one key served or waiting at one time; more are answered 429; 0: no limit", minimum=0
+    )
+    key_requests_per_minute: int = option(
+        0, "requests of one key a minute, all of them at once too; more are answered 429; 0: no limit", minimum=0
+    )
+    key_tokens_per_minute: int = option(
+        0, "prompt tokens and tokens asked for of one key a minute; more are answered 429; 0: no limit", minimum=0
+    )
+    share_prefix_cache: bool = option(
+        False, "keys find each other's prefixes in the cache; their timing then tells what others asked"
+    )
     max_body_bytes: str = option("32MiB", "largest request body", parse=parse_size)
     max_requests: int = option(256, "requests served or waiting at one time; more are answered 429", minimum=1)
-    request_timeout_s: float = option(3600.0, "seconds a request may take in all", above=0)
+    request_timeout_s: float = option(
+        3600.0, "seconds a request may take in all; its field timeout may say less", above=0
+    )
+    tls_certificate: str | None = option(
+        None, "PEM file of the endpoint's certificate and its chain; with it and tls_key the endpoint speaks HTTPS"
+    )
+    tls_key: str | None = option(None, "PEM file of the certificate's private key, without a passphrase")
+    tls_ca: str | None = option(
+        None, "PEM file of the CA by which longctx status knows the endpoint; null: by tls_certificate itself"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +205,21 @@ class WorkerDrainConfig:
         choices=("remove", "restart", "stay", "undo"),
     )
     timeout_s: float = option(600.0, "seconds to wait until it has nothing left", above=0)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyConfig:
+    """Everything ``longctx keys add`` and ``longctx keys remove`` take."""
+
+    name: str | None = option(None, "whose key it is: up to 64 letters, digits, dots, dashes and underscores")
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyListConfig:
+    """Everything ``longctx keys list`` takes."""
+
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass(frozen=True, slots=True)

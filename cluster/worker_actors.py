@@ -1,5 +1,6 @@
 """All workers of a deployment: how many, with which resources, and their start. Whoever calls owns them."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.actors import ActorGroup, create_worker
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, ServerConfig
 from cluster.resources import share_resources
 from longctx.errors import ConfigError, LongctxError
 from longctx.threads import THREAD_ENV
@@ -27,6 +28,7 @@ def create_workers(config: ServeConfig, nodes: Sequence[dict[str, Any]], *, shar
         nodes: of the cluster, alive.
         shares_cores: several processes compute on one node.
     """
+    config = dataclasses.replace(config, server=ServerConfig())  # the endpoint's keys are no business of theirs
     cluster = config.cluster
     roles = ["prefill"] * cluster.num_prefill_workers + ["decode"] * cluster.num_decode_workers
     counts: dict[str, int] = {}

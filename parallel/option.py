@@ -18,6 +18,7 @@ def option(
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
     parse: Callable[[Any], Any] | None = None,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field with a default and a one-line comment.
 
@@ -28,6 +29,7 @@ def option(
         above: exclusive lower bound.
         choices: the only strings allowed.
         parse: called with the value to check it further; raises ``ValueError`` saying what is allowed.
+        secret: the object's ``repr`` leaves it out.
     """
     metadata = {
         "comment": comment,
@@ -38,8 +40,8 @@ def option(
         "parse": parse,
     }
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata, repr=not secret)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 def check(config: Any, prefix: str = "") -> None:
