@@ -72,6 +72,24 @@ COMMANDS = {
             "cluster.worker_commands:drain",
         ),
         Command(
+            "keys add",
+            "make an API key, keep its hash in server.api_key_file and print it once",
+            "cluster.config:KeyConfig",
+            "cluster.key_file:add_key",
+        ),
+        Command(
+            "keys remove",
+            "take an API key out of server.api_key_file; a server that runs notices within a second",
+            "cluster.config:KeyConfig",
+            "cluster.key_file:remove_key",
+        ),
+        Command(
+            "keys list",
+            "list the names of the API keys in server.api_key_file",
+            "cluster.config:KeyListConfig",
+            "cluster.key_file:list_keys",
+        ),
+        Command(
             "train",
             "train or fine-tune a model over data and sequence parallel ranks, here or on a Ray cluster",
             "longctx.training.config:TrainConfig",
