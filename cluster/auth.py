@@ -1,74 +1,67 @@
-"""API keys: who may ask."""
+"""Who may ask: finds the tenant of each request by its API key, and says what is left of the tenant's limits."""
 
-import hashlib
-import hmac
-from pathlib import Path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from cluster.config import ServerConfig
+from cluster.key_ring import KeyRing
 from cluster.openai_errors import ApiError
-from longctx.errors import ConfigError
+from cluster.rate_limit import Tenant, Tenants
+from cluster.slot import TENANT
 
 OPEN_PATHS = frozenset({"/health", "/metrics"})  # probes and scrapers carry no key
 
 
-def load_keys(server: ServerConfig) -> tuple[str, ...]:
-    """Keys of the configuration and of its key file; raises ``ConfigError`` if the file cannot be used."""
-    keys = list(server.api_keys)
-    if server.api_key_file is not None:
-        lines = _read_lines(server.api_key_file)
-        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not found:
-            # An empty file would else open the server to everybody.
-            raise ConfigError(f"server.api_key_file={server.api_key_file!r} holds no key; one key per line is expected")
-        keys += found
-    if not all(isinstance(key, str) and key for key in keys):
-        raise ConfigError("server.api_keys holds an empty key; allowed are non-empty strings")
-    return tuple(keys)
-
-
 class KeyCheck:
-    """ASGI middleware that answers 401 to who has no key.
+    """ASGI middleware that answers 401 to who has no key, and tells the routes who has which.
 
     Args:
-        app: what it protects.
-        keys: the keys accepted; with none, everybody may ask.
+        app: what it protects; finds the ``Tenant`` in the scope's state.
+        ring: the keys accepted; with none, everybody may ask, as one tenant.
+        tenants: by the name of their key.
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, ring: KeyRing, *, tenants: Tenants) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._ring = ring
+        self._tenants = tenants
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = self._find_problem(scope) if scope["type"] == "http" and scope["path"] not in OPEN_PATHS else ""
-        if problem:
-            error = ApiError(401, problem, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            tenant = self._tenants.get(self._find_name(scope))
+        except ApiError as error:
             await error.to_response()(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        scope.setdefault("state", {})[TENANT] = tenant
+        await self._app(scope, receive, _with_limits(send, tenant) if tenant.has_buckets else send)
 
-    def _find_problem(self, scope: Scope) -> str:
-        if not self._digests:
+    def _find_name(self, scope: Scope) -> str:
+        """Of the tenant; raises ``ApiError`` 401."""
+        if self._ring.is_open:
             return ""
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
         if not header:
-            return "an API key is missing; send it as Authorization: Bearer KEY"
+            raise _refuse("an API key is missing; send it as Authorization: Bearer KEY")
         if scheme.lower() != b"bearer":
-            return "the Authorization header must be Bearer KEY"
-        # Every key is compared, as digests of one length: the time taken tells nothing of a key.
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return "" if any(matches) else "the API key is not known here"
+            raise _refuse("the Authorization header must be Bearer KEY")
+        name = self._ring.find(key.strip())
+        if name is None:
+            raise _refuse("the API key is not known here")
+        return name
 
 
-def _read_lines(path: str) -> list[str]:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"server.api_key_file={path!r} cannot be read: {error}") from None
+def _with_limits(send: Send, tenant: Tenant) -> Send:
+    """``send`` that adds the tenant's limits to the headers, as they are when the answer begins."""
+
+    async def send_with_limits(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], *tenant.headers()]
+        await send(message)
+
+    return send_with_limits
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _refuse(problem: str) -> ApiError:
+    return ApiError(401, problem, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

@@ -1,12 +1,13 @@
 """The HTTP endpoint: the part of the OpenAI API that generates text, health, metrics and status.
 
 An ordinary ASGI application: a replica of Ray Serve runs it (`cluster/serve_app.py`), uvicorn in one process. Left out:
-CORS, TLS (a proxy's business), and the parts of the API that need tools, images or stored conversations.
+CORS, and the parts of the API that need tools, images or stored conversations. TLS: whoever listens (`cluster/tls.py`).
 """
 
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,11 +21,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.auth import KeyCheck, load_keys
+from cluster.auth import KeyCheck
 from cluster.config import ServerConfig
+from cluster.key_ring import KeyRing
 from cluster.metrics import Metrics
-from cluster.openai_errors import http_error, json_response, to_api_error
-from cluster.routes import Admission, ChatRoute, CompletionRoute, unknown_model
+from cluster.openai_errors import RETRY_AFTER_S, http_error, json_response, to_api_error
+from cluster.rate_limit import Places, Tenants
+from cluster.routes import ChatRoute, CompletionRoute, unknown_model
 from cluster.serving import Health, ServingBackend, WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -35,10 +38,12 @@ ASK_TIMEOUT_S = 5.0  # for the workers' health and state
 def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
     """The application; its lifespan starts and stops ``backend``. Raises ``ConfigError`` if the keys cannot be read."""
     metrics = Metrics()
-    admission = Admission(server.max_requests, metrics)
-    completions = CompletionRoute(backend, server, metrics=metrics, admission=admission)
-    chat = ChatRoute(backend, server, metrics=metrics, admission=admission)
-    pages = Pages(backend, metrics=metrics, admission=admission)
+    places = Places(server.max_requests, time.monotonic, on_change=metrics.in_progress.set)
+    completions = CompletionRoute(backend, server, metrics=metrics, places=places)
+    chat = ChatRoute(backend, server, metrics=metrics, places=places)
+    pages = Pages(backend, metrics=metrics, places=places)
+    ring = KeyRing(server)
+    tenants = Tenants(server, has_keys=not ring.is_open)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -58,7 +63,7 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
             Route("/metrics", pages.get_metrics, methods=["GET"]),
             Route("/status", pages.get_status, methods=["GET"]),
         ],
-        middleware=[Middleware(FailureGuard), Middleware(KeyCheck, load_keys(server))],
+        middleware=[Middleware(FailureGuard), Middleware(KeyCheck, ring, tenants=tenants)],
         exception_handlers={HTTPException: _answer_http_error},
         lifespan=lifespan,
     )
@@ -67,10 +72,10 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
 class Pages:
     """The routes that only tell."""
 
-    def __init__(self, backend: ServingBackend, *, metrics: Metrics, admission: Admission) -> None:
+    def __init__(self, backend: ServingBackend, *, metrics: Metrics, places: Places) -> None:
         self._backend = backend
         self._metrics = metrics
-        self._admission = admission
+        self._places = places
 
     async def list_models(self, request: Request) -> Response:
         """The served model."""
@@ -91,7 +96,10 @@ class Pages:
             "model": self._backend.model.name,
         }
         workers = [dataclasses.asdict(worker) for worker in health.workers]
-        return json_response(content | {"workers": workers}, 200 if health.ready else 503)
+        response = json_response(content | {"workers": workers}, 200 if health.ready else 503)
+        if not health.ready:
+            response.headers["retry-after"] = f"{RETRY_AFTER_S:.0f}"
+        return response
 
     async def get_metrics(self, request: Request) -> Response:
         """Prometheus text."""
@@ -104,8 +112,8 @@ class Pages:
             "model": self._describe_model(),
             "ready": health.ready,
             "reason": health.reason,
-            "requests_in_progress": self._admission.num_held,
-            "max_requests": self._admission.limit,
+            "requests_in_progress": self._places.num_held,
+            "max_requests": self._places.limit,
             "workers": [dataclasses.asdict(worker) for worker in await self._ask_workers()],
         }
         return json_response(content)

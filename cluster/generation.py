@@ -32,7 +32,7 @@ class Generation:
         self._timers = {request.request_id: TokenTimer(metrics, started) for request in requests}
         self._first_choice = {request.request_id: i * request.sampling.n for i, request in enumerate(requests)}
         self._num_cached: dict[str, int] = {}
-        self._num_generated = 0
+        self.num_generated = 0
         self.num_choices = sum(request.sampling.n for request in requests)
         self.num_unfinished = self.num_choices
 
@@ -60,8 +60,8 @@ class Generation:
         num_prompt = sum(len(request.prompt_token_ids) for request in self._requests)
         return {
             "prompt_tokens": num_prompt,
-            "completion_tokens": self._num_generated,
-            "total_tokens": num_prompt + self._num_generated,
+            "completion_tokens": self.num_generated,
+            "total_tokens": num_prompt + self.num_generated,
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())},
         }
 
@@ -69,7 +69,7 @@ class Generation:
         if delta.finish_reason in ("error", "abort"):
             raise unavailable(delta.error or "the request was aborted by the server", code="generation_failed")
         self._timers[delta.request_id].record(delta, self._backend.worker_of)
-        self._num_generated += len(delta.token_ids)
+        self.num_generated += len(delta.token_ids)
         self._num_cached[delta.request_id] = max(self._num_cached.get(delta.request_id, 0), delta.num_cached_tokens)
         self.num_unfinished -= delta.finish_reason is not None
         return self._first_choice[delta.request_id] + delta.index, delta

@@ -50,6 +50,10 @@ class LocalBackend:
         if engine_loop:
             await asyncio.to_thread(engine_loop.close, CLOSE_TIMEOUT_S)
 
+    def check_queue(self) -> None:
+        """See ``ServingBackend.check_queue``."""
+        self._engine.check_queue()
+
     async def submit(self, request: GenerationRequest) -> AsyncIterator[list[OutputDelta]]:
         """See ``ServingBackend.submit``."""
         engine_loop = self._require_loop()

@@ -83,10 +83,10 @@ def to_api_error(error: Exception) -> ApiError:
     return unavailable("the server failed to answer; its log says why", code="internal_error")
 
 
-def busy(message: str, *, retry_after_s: float = RETRY_AFTER_S) -> ApiError:
+def busy(message: str, *, code: str = "queue_full", retry_after_s: float = RETRY_AFTER_S) -> ApiError:
     """429: try again later."""
     headers = {"retry-after": str(max(1, math.ceil(retry_after_s)))}
-    return ApiError(429, message, kind="rate_limit_error", code="queue_full", headers=headers)
+    return ApiError(429, message, kind="rate_limit_error", code=code, headers=headers)
 
 
 def unavailable(message: str, *, code: str) -> ApiError:

@@ -2,11 +2,13 @@
 
 A field that changes the answer and is not supported is refused, never ignored; only fields that cannot change it
 (``HARMLESS``) are. Beyond OpenAI's there are vLLM's sampling extensions (``top_k``, ``min_p``, ``repetition_penalty``,
-``min_tokens``, ``stop_token_ids``, ``ignore_eos``, ``cache_salt``, ``chat_template_kwargs``) and ours, ``attention``.
+``min_tokens``, ``stop_token_ids``, ``ignore_eos``, ``cache_salt``, ``chat_template_kwargs``) and ours, ``attention``
+and ``timeout``.
 """
 
 import difflib
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster import fields
@@ -56,6 +58,7 @@ SHARED: dict[str, Reader] = SAMPLING | {
     "stream_options": fields.mapping,
     "max_tokens": fields.integer(1, COUNT),
     "cache_salt": fields.string,
+    "timeout": fields.number(0.0, math.inf, above=True),  # cluster/deadline.py knows the most, and read it before
 }
 COMPLETION: dict[str, Reader] = SHARED | {
     "echo": fields.boolean,
@@ -100,7 +103,7 @@ class Call:
 class CompletionCall(Call):
     """A checked body of ``/v1/completions``."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...] = field(repr=False)
     echo: bool
 
 
@@ -108,13 +111,15 @@ class CompletionCall(Call):
 class ChatCall(Call):
     """A checked body of ``/v1/chat/completions``."""
 
-    messages: list[dict[str, Any]]
-    template_kwargs: dict[str, Any]
+    messages: list[dict[str, Any]] = field(repr=False)
+    template_kwargs: dict[str, Any] = field(repr=False)
 
 
-def parse_completion(body: dict[str, Any], model: ServedModel, *, max_prompts: int) -> CompletionCall:
-    """The request in ``body``; raises ``RequestError`` naming the field at fault."""
-    prompts = _prompts(body.get("prompt"), model, max_prompts=max_prompts)
+def parse_completion(
+    body: dict[str, Any], model: ServedModel, *, max_prompts: int, limit: str = "server.max_requests"
+) -> CompletionCall:
+    """The request in ``body``; raises ``RequestError`` naming the field at fault. ``limit`` is what the most is of."""
+    prompts = _prompts(body.get("prompt"), model, max_prompts=max_prompts, limit=limit)
     values = _read_fields(
         {key: value for key, value in body.items() if key != "prompt"}, COMPLETION, model, known="prompt"
     )
@@ -205,7 +210,7 @@ def _delivery(values: dict[str, Any]) -> tuple[bool, bool, str]:
     return stream, include_usage, values.get("cache_salt", "")
 
 
-def _prompts(value: Any, model: ServedModel, *, max_prompts: int) -> tuple[Prompt, ...]:
+def _prompts(value: Any, model: ServedModel, *, max_prompts: int, limit: str) -> tuple[Prompt, ...]:
     """One or many prompts; a list of whole numbers is one prompt of token ids."""
     if isinstance(value, str):
         return (_prompt(value, model),)
@@ -216,7 +221,7 @@ def _prompts(value: Any, model: ServedModel, *, max_prompts: int) -> tuple[Promp
     if not value or not isinstance(value[0], str | list):
         return (_prompt(value, model),)
     if len(value) > max_prompts:
-        text = f"prompt holds {len(value)} prompts; one request may hold {max_prompts} (server.max_requests)"
+        text = f"prompt holds {len(value)} prompts; one request may hold {max_prompts} ({limit})"
         raise RequestError(text, param="prompt")
     return tuple(_prompt(prompt, model) for prompt in value)
 

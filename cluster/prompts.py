@@ -49,13 +49,14 @@ async def encode_messages(call: ChatCall, tokenizer: PromptTokenizer, model: Ser
 
 
 def make_requests(
-    prompts: Sequence[tuple[int, ...]], call: Call, *, model: ServedModel, request_id: str, param: str
+    prompts: Sequence[tuple[int, ...]], call: Call, *, cache_salt: str, model: ServedModel, request_id: str, param: str
 ) -> list[GenerationRequest]:
     """One request for each prompt; raises ``RequestError`` if one is empty or leaves no room for output.
 
     Args:
         prompts: token ids.
         call: how to continue them.
+        cache_salt: the call's, and its tenant's.
         model: gives the limits.
         request_id: of the HTTP request.
         param: the field that held the prompts.
@@ -66,8 +67,7 @@ def make_requests(
         if len(prompt) >= model.max_context:
             raise _too_long(f"{len(prompt)} tokens", model, param=param)
     return [
-        GenerationRequest(f"{request_id}-{i}", prompt, call.sampling, call.cache_salt)
-        for i, prompt in enumerate(prompts)
+        GenerationRequest(f"{request_id}-{i}", prompt, call.sampling, cache_salt) for i, prompt in enumerate(prompts)
     ]
 
 

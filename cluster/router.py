@@ -89,10 +89,14 @@ class Router:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[list[OutputDelta]]:
-        """See ``ServingBackend.submit``."""
+    def check_queue(self) -> None:
+        """See ``ServingBackend.check_queue``."""
         if self._num_waiting >= self._config.engine.max_waiting:
             raise QueueFullError(f"{self._num_waiting} requests are waiting already (engine.max_waiting)")
+
+    async def submit(self, request: GenerationRequest) -> AsyncIterator[list[OutputDelta]]:
+        """See ``ServingBackend.submit``."""
+        self.check_queue()
         flight = self._flights[request.request_id] = make_flight(request)
         num_unfinished = request.sampling.n
         try:

@@ -110,6 +110,10 @@ class ServingBackend(Protocol):
         """End what is in flight and release everything."""
         ...
 
+    def check_queue(self) -> None:
+        """Raise ``QueueFullError`` if a request would find the queue full; asked before its body is read."""
+        ...
+
     def submit(self, request: GenerationRequest) -> AsyncIterator[list[OutputDelta]]:
         """What is new, as it comes, until each of the request's n sequences has a ``finish_reason``.
 

@@ -95,8 +95,7 @@ class Engine:
             QueueFullError: ``engine.max_waiting`` requests are waiting.
         """
         active = self._activate(request, export)
-        if len(self._scheduler.waiting) >= self.config.max_waiting:
-            raise QueueFullError(f"{self.config.max_waiting} requests are waiting already (engine.max_waiting)")
+        self.check_queue()
         self._requests[active.request_id] = active
         for sequence in active.sequences:
             self._scheduler.enqueue(sequence)
@@ -110,6 +109,11 @@ class Engine:
             return False
         num_pages = self.pool.layout.num_pages(num_tokens)
         return self.cache.num_available >= num_pages + len(self._rows.sequences)
+
+    def check_queue(self) -> None:
+        """Raise ``QueueFullError`` if ``add`` would; any thread may ask, and gets what holds about now."""
+        if len(self._scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFullError(f"{self.config.max_waiting} requests are waiting already (engine.max_waiting)")
 
     def cancel(self, request_id: str) -> None:
         """End a request or reservation and free its pages; an unknown id is no error."""
