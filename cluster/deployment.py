@@ -2,6 +2,7 @@
 loses nothing. Worker actors and Serve start side by side; a start that fails says why."""
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from cluster.config import ServeConfig
 from cluster.local_ray import RaySession
 from cluster.port import check_port
 from cluster.serving import ServedModel
+from cluster.tls import client_context
 from longctx.errors import ConfigError, LongctxError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,8 @@ class Deployment:
     def url(self) -> str:
         """Where it answers, as clients write it."""
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._config.server.port}/v1"
+        scheme = "http" if self._config.server.tls_certificate is None else "https"
+        return f"{scheme}://{host}:{self._config.server.port}/v1"
 
     def is_running(self) -> bool:
         """Whether Ray is still there."""
@@ -145,11 +148,13 @@ class Deployment:
         import httpx
 
         url = self.url.removesuffix("/v1") + "/health"
+        # By its certificate alone: the names in that are for clients elsewhere.
+        verify = client_context(dataclasses.replace(self._config.server, tls_ca=None))
         deadline = time.monotonic() + READY_TIMEOUT_S
         answer = "no answer"
         while time.monotonic() < deadline:
             try:
-                response = httpx.get(url, timeout=5.0, trust_env=False)
+                response = httpx.get(url, timeout=5.0, trust_env=False, verify=verify)
                 if response.status_code == 200:
                     return
                 answer = response.text

@@ -3,11 +3,12 @@ moment or a start that fails."""
 
 import json
 import logging
+import shlex
 import signal
 import threading
 
-from cluster.auth import load_keys
 from cluster.config import ServeConfig
+from cluster.key_ring import load_keys
 from cluster.preflight import check
 from cluster.serving import ServedModel
 from longctx.cli.stop_signals import STOP_SIGNALS, ForcedStop
@@ -86,4 +87,6 @@ def _example(config: ServeConfig, model: ServedModel, url: str) -> str:
     """A command that asks the endpoint."""
     body = json.dumps({"model": model.name, "prompt": "import os\n", "max_tokens": 30})
     key = " -H 'Authorization: Bearer KEY'" if load_keys(config.server) else ""
-    return f"curl -s {url}/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+    tls = config.server.tls_certificate
+    trust = f" --cacert {shlex.quote(tls)}" if tls is not None else ""
+    return f"curl -s{trust} {url}/completions -H 'Content-Type: application/json'{key} -d '{body}'"

@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 
 from cluster.config import ServerConfig
 from cluster.port import listen
+from cluster.tls import server_context
 from longctx.errors import LongctxError
 
 KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that they close first
@@ -20,7 +21,7 @@ class Listener:
 
     Args:
         app: what answers.
-        server: where.
+        server: where, and with which certificate.
         grace_s: how long ``stop`` lets requests finish before the lifespan ends them.
     """
 
@@ -28,18 +29,19 @@ class Listener:
         self._server = server
         self._grace_s = grace_s
         self._lifespan = app.router.lifespan_context(app)
-        self._runner = _Runner(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-            )
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
+        config.load()
+        config.ssl = server_context(server) if server.tls_certificate is not None else None
+        self._runner = _Runner(config)
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import psutil
 
-from cluster.auth import load_keys
-from cluster.config import ServeConfig
+from cluster.config import ServeConfig, ServerConfig
+from cluster.key_ring import load_keys
 from cluster.port import check_port
 from cluster.serving import ServedModel, describe_model
+from cluster.tls import check_tls
 from longctx.adapters.folder import choose_adapter
 from longctx.attention.config import choose_method
 from longctx.errors import ConfigError
@@ -32,7 +33,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
     choose_method(config.attention, spec)
     _check_transport(config)
-    load_keys(config.server)
+    config = dataclasses.replace(config, server=_check_server(config.server))
     config = _check_ranks(config)
     if config.ray.address is None:
         check_port(config.server)
@@ -42,6 +43,19 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
 
     load_tokenizer(spec, config.model.chat_template)
     return config, model
+
+
+def _check_server(server: ServerConfig) -> ServerConfig:
+    """Whether its files can be used; the endpoint, which may run in another folder, gets their absolute paths."""
+    names = ("api_key_file", "tls_certificate", "tls_key")
+    paths = {name: getattr(server, name) for name in names if getattr(server, name) is not None}
+    for name, path in paths.items():
+        if not path:
+            raise ConfigError(f"server.{name}='' is not allowed: the path of a file, or null")
+    load_keys(server)
+    check_tls(server)
+    absolute = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items()}
+    return dataclasses.replace(server, **absolute)
 
 
 def _check_transport(config: ServeConfig) -> None:

@@ -59,6 +59,12 @@ class ServeApp:
                 f"server.host={server.host} server.port={server.port} is not possible: this cluster's Ray Serve "
                 f"listens already; use server.host={found.host} server.port={found.port}"
             )
+        if (found.ssl_certfile, found.ssl_keyfile) != (server.tls_certificate, server.tls_key):
+            raise ConfigError(
+                f"server.tls_certificate={server.tls_certificate} server.tls_key={server.tls_key} is not possible: "
+                "this cluster's Ray Serve listens already, and keeps that until it is stopped (serve shutdown); use "
+                f"server.tls_certificate={found.ssl_certfile or 'null'} server.tls_key={found.ssl_keyfile or 'null'}"
+            )
         self.found_serve = True
         self._owns_serve = set(serve.status().applications) == {self._name}  # left by one that was killed
 
@@ -69,7 +75,9 @@ class ServeApp:
         """
         self._is_deployed = True
         server = self._config.server
-        options = HTTPOptions(host=server.host, port=server.port)
+        options = HTTPOptions(
+            host=server.host, port=server.port, ssl_certfile=server.tls_certificate, ssl_keyfile=server.tls_key
+        )
         location = "HeadOnly" if self._has_proxy else "Disabled"
         serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
         deployment = serve.deployment(**deployment_options())

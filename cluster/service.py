@@ -38,6 +38,11 @@ def build(args: dict[str, Any]) -> Application:
     if unknown:
         raise ConfigError(f"args of the application: {', '.join(unknown)} is unknown; allowed: overrides")
     config = compose(ServeConfig, "serve", [*args.get("overrides", []), "ray.address=auto"])
+    if config.server.tls_certificate is not None or config.server.tls_key is not None:
+        raise ConfigError(
+            "server.tls_certificate and server.tls_key are not allowed here: Serve's proxy listens, with what the "
+            "http_options of Serve's own configuration say: ssl_certfile and ssl_keyfile there"
+        )
     config, model = check(config)
 
     def make() -> Starlette:

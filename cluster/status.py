@@ -6,8 +6,9 @@ from typing import Any
 
 import httpx
 
-from cluster.auth import load_keys
 from cluster.config import StatusConfig
+from cluster.key_ring import pick_key
+from cluster.tls import client_context
 from longctx.errors import LongctxError
 
 TIMEOUT_S = 10.0
@@ -21,11 +22,12 @@ def status(config: StatusConfig) -> int:
     """Print the state; returns the exit code. Raises ``LongctxError`` if nothing answers."""
     server = config.server
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
-    url = f"http://{host}:{server.port}/status"
-    keys = load_keys(server)
-    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    verify = client_context(server)
+    url = f"{'http' if verify is True else 'https'}://{host}:{server.port}/status"
+    key = pick_key(server)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        response = httpx.get(url, timeout=TIMEOUT_S, headers=headers, trust_env=False)
+        response = httpx.get(url, timeout=TIMEOUT_S, headers=headers, trust_env=False, verify=verify)
         response.raise_for_status()
         state = response.json()
     except httpx.HTTPStatusError as error:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -32,11 +33,17 @@ class CliServer:
     port: int
     log: Path
     key: str | None = None
+    ca: str | None = None  # PEM file by which its certificate is verified; it speaks HTTPS then
     family: dict[int, psutil.Process] = field(default_factory=dict)  # every process of it that was ever seen
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.ca else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def verify(self) -> ssl.SSLContext | bool:
+        """For httpx."""
+        return ssl.create_default_context(cafile=self.ca) if self.ca else True
 
     @property
     def headers(self) -> dict[str, str]:
@@ -56,7 +63,7 @@ class CliServer:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.output()
             with suppress(httpx.HTTPError):
-                return httpx.get(self.url + "/health", timeout=10).status_code == 200
+                return httpx.get(self.url + "/health", timeout=10, verify=self.verify).status_code == 200
             return False
 
         wait_until(is_ready, START_TIMEOUT_S, self.output)
@@ -73,11 +80,13 @@ class CliServer:
 
     def post(self, path: str, **fields: Any) -> httpx.Response:
         """One request for the demo model."""
-        return httpx.post(self.url + path, json={"model": "demo"} | fields, headers=self.headers, timeout=ASK_TIMEOUT_S)
+        body = {"model": "demo"} | fields
+        return httpx.post(self.url + path, json=body, headers=self.headers, timeout=ASK_TIMEOUT_S, verify=self.verify)
 
     def status(self) -> dict[str, Any]:
         """``/status``."""
-        return httpx.get(self.url + "/status", headers=self.headers, timeout=30).raise_for_status().json()
+        response = httpx.get(self.url + "/status", headers=self.headers, timeout=30, verify=self.verify)
+        return response.raise_for_status().json()
 
     def worker(self, name: str) -> dict[str, Any]:
         """One worker of ``/status``."""
@@ -104,6 +113,7 @@ def launch(
     *overrides: str,
     env: dict[str, str] | None = None,
     key: str | None = None,
+    ca: str | None = None,
     port: int | None = None,
     prefix: tuple[str, ...] = (),
 ) -> Iterator[CliServer]:
@@ -114,6 +124,7 @@ def launch(
         overrides: of the configuration.
         env: added to the environment.
         key: an API key that it takes.
+        ca: PEM file by which its certificate is verified, if it is given one.
         port: to listen on; a free one otherwise.
         prefix: words before the command, as ``unshare``.
     """
@@ -124,7 +135,7 @@ def launch(
         process = subprocess.Popen(
             words, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | (env or {}), start_new_session=True
         )
-    server = CliServer(process, port, log, key)
+    server = CliServer(process, port, log, key, ca)
     try:
         yield server
     finally:

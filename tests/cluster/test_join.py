@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.certificates import make_certificate
 from tests.cli_server import CliServer, free_port, launch, run_longctx, wait_until
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,19 @@ def test_joins_serves_and_leaves(tmp_path, cluster):
         assert "decode-0" in cluster.describe()
         assert server.stop(signal.SIGTERM) == 0
         assert "Traceback" not in server.output()
+        check_nothing_is_left(server, cluster)
+
+
+def test_https_through_serves_proxy(tmp_path, cluster):
+    made = make_certificate(tmp_path / "tls", "127.0.0.1")
+    address = f"ray.address={cluster.address}"
+    with launch(tmp_path, address, *made.overrides, env=cluster.env, ca=made.certificate) as server:
+        server.wait_until_ready()
+        assert server.post("/v1/completions", prompt="import ", max_tokens=4).status_code == 200
+        beside = run_longctx("serve", address, f"server.port={server.port}", "ray.namespace=other", env=cluster.env)
+        assert beside.returncode == 2
+        assert f"use server.tls_certificate={made.certificate} server.tls_key={made.key}" in beside.stderr
+        assert server.stop() == 0
         check_nothing_is_left(server, cluster)
 
 

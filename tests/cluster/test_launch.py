@@ -136,11 +136,24 @@ def test_ray_dies(tmp_path):
         (("ray.address=127.0.0.1:1",), "no Ray answers at"),
         (("ray.address=nowhere",), "ray.address='nowhere' cannot be joined"),
         (("server.api_key_file=/absent",), "/absent"),
+        (("server.tls_certificate=/absent",), "server.tls_key=null is not allowed"),
+        (("server.tls_certificate=/absent", "server.tls_key=/absent"), "server.tls_key='/absent' cannot be read"),
         (("server.host=203.0.113.1",), "server.host=203.0.113.1"),
         (("server.host=",), "server.host='' is not allowed"),
         (("model.max_context=100000000",), "model.max_context=100000000"),
     ],
-    ids=["no checkpoint", "memory", "no Ray", "no address", "no keys", "not our address", "every address", "context"],
+    ids=[
+        "no checkpoint",
+        "memory",
+        "no Ray",
+        "no address",
+        "no keys",
+        "no TLS key",
+        "no certificate",
+        "not our address",
+        "every address",
+        "context",
+    ],
 )
 def test_failed_starts_say_why(overrides, reason):
     check_failed_start(overrides, reason)
