@@ -29,8 +29,15 @@ CLUSTERS: dict[str, tuple[dict[str, int], dict[str, int], str]] = {
     "splitwise HH": ({"h100": 25}, {"h100": 15}, "splitwise"),
     "splitwise HA": ({"h100": 30}, {"a100": 21}, "splitwise"),
     "splitwise HH, static": ({"h100": 25}, {"h100": 15}, "shortest_queue"),
-    "splitwise AA, 25 prompt machines": ({"a100": 25}, {"a100": 61}, "splitwise"),
-    "splitwise HH, 10 prompt machines": ({"h100": 10}, {"h100": 30}, "splitwise"),
+} | {
+    # other splits of the same machines: ours differ in what a step of prompts and tokens together costs
+    f"splitwise {kind[0].upper()}{kind[0].upper()}, {num} prompt machines": (
+        {kind: num},
+        {kind: total - num},
+        "splitwise",
+    )
+    for kind, total, nums in (("a100", 86, (20, 25, 30)), ("h100", 40, (6, 8, 10)))
+    for num in nums
 }
 MACHINES = {"h100": H100, "a100": A100}
 
