@@ -12,7 +12,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from cluster.handle import Roster
 from longctx.errors import LongctxError, WorkerLostError
 
-WORKER_NAME = re.compile(r"(prefill|decode)-\d+")
+WORKER_NAME = re.compile(r"(prefill|decode)-(\d+)")
 
 
 class RayHandle:
@@ -66,9 +66,10 @@ def make_roster(namespace: str) -> Roster:
 
 
 def list_workers(namespace: str) -> list[RayHandle]:
-    """The worker actors of a namespace, without their other ranks."""
+    """The worker actors of a namespace, without their other ranks; prefill workers first, each by its number."""
     found = []
-    for match in filter(None, map(WORKER_NAME.fullmatch, list_actors(namespace))):
+    matches = filter(None, map(WORKER_NAME.fullmatch, list_actors(namespace)))
+    for match in sorted(matches, key=lambda match: (match[1] != "prefill", int(match[2]))):
         with suppress(ValueError):  # it has gone meanwhile
             found.append(find_worker(match[0], match[1], namespace))
     return found

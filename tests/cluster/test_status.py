@@ -24,7 +24,7 @@ def test_shows_every_worker(served):
     head, *rows = lines[3:]
     for column in ("worker", "attention", "transport", "waiting", "pages used", "pages cached", "KV shipped"):
         assert column in head
-    assert [row.split()[:3] for row in rows] == [["prefill-0", "prefill", "alive"], ["decode-0", "decode", "alive"]]
+    assert [row.split()[:4] for row in rows] == [[f"{role}-0", role, role, "alive"] for role in ("prefill", "decode")]
     pids = [str(served.worker(row.split()[0])["pid"]) for row in rows]
     for row, pid in zip(rows, pids, strict=True):
         assert pid in row.split()
