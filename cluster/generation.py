@@ -1,7 +1,7 @@
 """All prompts of one HTTP request being generated: one stream of deltas, one usage, one end."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,11 +20,19 @@ class Generation:
         requests: one for each prompt, with the same number of sequences.
         metrics: records the times of tokens.
         started: ``time.perf_counter()`` at the HTTP request's arrival.
+        on_end: called once all sequences have ended, before their last text is passed on.
     """
 
     def __init__(
-        self, backend: ServingBackend, requests: Sequence[GenerationRequest], *, metrics: Metrics, started: float
+        self,
+        backend: ServingBackend,
+        requests: Sequence[GenerationRequest],
+        *,
+        metrics: Metrics,
+        started: float,
+        on_end: Callable[[], None],
     ) -> None:
+        self._on_end = on_end
         self._backend = backend
         self._requests = requests
         self._buffer = DeltaBuffer()
@@ -72,6 +80,8 @@ class Generation:
         self.num_generated += len(delta.token_ids)
         self._num_cached[delta.request_id] = max(self._num_cached.get(delta.request_id, 0), delta.num_cached_tokens)
         self.num_unfinished -= delta.finish_reason is not None
+        if not self.num_unfinished:
+            self._on_end()
         return self._first_choice[delta.request_id] + delta.index, delta
 
     async def _pump(self, request: GenerationRequest) -> None:

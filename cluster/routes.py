@@ -120,7 +120,10 @@ class GenerateRoute(ABC):
         return await self.prepare(body, request_id, tenant_of(scope))
 
     async def _generate(self, answer: Answer, job: Job, slot: Slot, started: float) -> None:
-        async with Generation(self._backend, job.requests, metrics=self._metrics, started=started) as generation:
+        # A client that has the end of its answer may ask again at once: its place has to be free by then.
+        async with Generation(
+            self._backend, job.requests, metrics=self._metrics, started=started, on_end=slot.give_back
+        ) as generation:
             try:
                 if job.call.stream:
                     await stream_answer(answer, generation, job.form, include_usage=job.call.include_usage)

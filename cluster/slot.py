@@ -49,7 +49,7 @@ class Slot:
         self._recharge(self._num_prompt_tokens + num_generated)
 
     def give_back(self, *, is_refused: bool = False) -> None:
-        """The request has ended. One that was refused before it had a token costs nothing."""
+        """The request has ended. One that was refused before it had a token costs nothing. Idempotent."""
         is_free = is_refused and not self._num_generated
         if is_free:
             self._recharge(0)
