@@ -31,6 +31,7 @@ class Deployment:
         self._config, self._model = config, model
         self._session = RaySession(config.ray, shares_cores=config.cluster.num_processes > 1)
         self._groups: list[Any] = []  # ActorGroup of each worker
+        self._strangers: set[str] | None = None  # workers that were there before; None: ours were not begun
         self._app: Any = None  # a ServeApp, once Ray runs
         self._deploying: threading.Thread | None = None
         self._host = config.server.host
@@ -96,8 +97,9 @@ class Deployment:
             from cluster.ray_handle import list_workers
 
             namespace = self._config.ray.namespace
-            for handle in list_workers(namespace):  # longctx worker add made them
-                kill_worker(handle, namespace)
+            for handle in list_workers(namespace) if self._strangers is not None else ():
+                if handle.name not in self._strangers:  # longctx worker add made it for us
+                    kill_worker(handle, namespace)
 
     def _withdraw(self) -> None:
         """The endpoint down, also in the middle of its deployment: Ray's end under that thread would crash us."""
@@ -133,8 +135,10 @@ class Deployment:
         self._app = app
 
     def _create_workers(self, nodes: list[dict[str, Any]]) -> None:
+        from cluster.ray_handle import list_workers
         from cluster.worker_actors import create_workers
 
+        self._strangers = {handle.name for handle in list_workers(self._config.ray.namespace)}
         # a local Ray's processes have the thread settings from us
         shares_cores = not self._session.is_local and self._config.cluster.num_processes > len(nodes)
         for group in create_workers(self._config, nodes, shares_cores=shares_cores):
