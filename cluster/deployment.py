@@ -97,8 +97,9 @@ class Deployment:
             from cluster.ray_handle import list_workers
 
             namespace = self._config.ray.namespace
-            for handle in list_workers(namespace) if self._strangers is not None else ():
-                if handle.name not in self._strangers:  # longctx worker add made it for us
+            workers = [] if self._strangers is None else list_workers(namespace)
+            for handle in workers:
+                if handle.name not in (self._strangers or ()):  # longctx worker add made it for us
                     kill_worker(handle, namespace)
 
     def _withdraw(self) -> None:
