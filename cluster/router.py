@@ -21,6 +21,7 @@ from contextlib import suppress
 from cluster.config import ServeConfig
 from cluster.delta_buffer import DeltaBuffer
 from cluster.handle import Roster, WorkerHandle
+from cluster.membership import Membership
 from cluster.messages import Admission, WorkerReport
 from cluster.peer import PREFILL_WINDOW, Flight, WorkerPeer, make_flight
 from cluster.policies import POLICIES
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 REJOIN_INTERVAL_S = 0.5  # between two attempts to reach a lost worker
 FULL_WAIT_S = 0.05  # longest wait before a full worker is asked again
-ROSTER_INTERVAL_S = 1.0  # between two looks at which workers there are
 MAX_TRIES = 3  # decode workers that may be lost under one request
 STOPPING = "the server is stopping"
 
@@ -61,9 +61,9 @@ class Router:
         self.model = model
         self.tokenizer = tokenizer
         self._config = config
-        self._peers = [self._make_peer(handle) for handle in handles]
-        self._roster = roster
         self._policy: Policy = POLICIES.get(config.cluster.policy)()
+        self._peers = Membership(handles, config, any_role=self._policy.repurposes)
+        self._roster = roster
         self._flights: dict[str, Flight] = {}  # by the id that workers know
         self._num_waiting = 0
         self._lost_at = 0.0  # when a decode worker was lost last
@@ -77,7 +77,7 @@ class Router:
         for peer in self._peers:
             self._spawn(self._follow(peer))
         if self._roster is not None:
-            self._spawn(self._watch_roster(self._roster))
+            self._watch(self._roster)
 
     async def stop(self) -> None:
         """End the requests in flight, placed or not; the workers go on."""
@@ -121,29 +121,14 @@ class Router:
         return flight.decode.name if flight and flight.decode else ""
 
     async def health(self) -> Health:
-        """Ready while a decode worker is."""
-        workers = tuple(peer.health() for peer in self._peers)
-        ready = self._has_decode
-        reasons = [f"{worker.name}: {worker.reason}" for worker in workers if not worker.ready]
-        return Health(ready, "; ".join(reasons), workers)
+        """See ``ServingBackend.health``."""
+        return self._peers.health()
 
     async def worker_stats(self) -> list[WorkerStats]:
-        """Every worker, as last heard."""
-        return [peer.describe() for peer in self._peers]
-
-    def _make_peer(self, handle: WorkerHandle) -> WorkerPeer:
-        return WorkerPeer(handle, self._config.cluster.call_timeout_s, self._config.digest)
+        """See ``ServingBackend.worker_stats``."""
+        return self._peers.stats()
 
     # Placing
-
-    @property
-    def _has_decode(self) -> bool:
-        return any(peer.is_open for peer in self._decoders)
-
-    @property
-    def _decoders(self) -> list[WorkerPeer]:
-        """The workers that may generate."""
-        return [peer for peer in self._peers if self._policy.repurposes or peer.role == "decode"]
 
     async def _wait_for_place(self, flight: Flight) -> None:
         self._num_waiting += 1
@@ -151,7 +136,9 @@ class Router:
             has_prefill = any(peer.role == "prefill" for peer in self._peers)
             is_long = flight.num_tokens > self._config.cluster.local_prefill_tokens
             transfers = flight.transfers = has_prefill and is_long and not flight.has_output
-            if not flight.num_tries and not self._has_decode:  # not behind others that wait for a worker to come back
+            if (
+                not flight.num_tries and not self._peers.has_decode
+            ):  # not behind others that wait for a worker to come back
                 raise self._not_ready()
             async with self._turn(flight, transfers=transfers):
                 await self._wait_for_worker()
@@ -170,7 +157,7 @@ class Router:
     async def _wait_for_worker(self) -> None:
         """Until there is a decode worker, or the last has been gone for ``cluster.recovery_timeout_s``."""
         loop, timeout_s = asyncio.get_running_loop(), self._config.cluster.recovery_timeout_s
-        while not self._has_decode and not self._is_stopping and loop.time() < self._lost_at + timeout_s:
+        while not self._peers.has_decode and not self._is_stopping and loop.time() < self._lost_at + timeout_s:
             await self._wait_for_change()
 
     async def _try_place(self, flight: Flight, *, transfers: bool) -> bool:
@@ -232,7 +219,7 @@ class Router:
         self, flight: Flight, *, transfers: bool, full: set[str]
     ) -> tuple[WorkerPeer | None, WorkerPeer | None]:
         """Prefill worker, if one is to be used, and decode worker; None if all of these are ``full``."""
-        if self._is_stopping or not self._has_decode:
+        if self._is_stopping or not self._peers.has_decode:
             raise self._not_ready()
         alive = {peer.name: peer for peer in self._peers if peer.is_open}
         loads = [self._load(peer, flight) for peer in alive.values()]
@@ -249,7 +236,7 @@ class Router:
         return peer.load(flight.digests, num_tokens=flight.num_tokens, batch_tokens=batch_tokens)
 
     def _not_ready(self) -> NotReadyError:
-        lost = "; ".join(f"{peer.name}: {peer.health().reason}" for peer in self._decoders)
+        lost = "; ".join(f"{peer.name}: {peer.health().reason}" for peer in self._peers.decoders)
         return NotReadyError(STOPPING if self._is_stopping else f"no decode worker is ready ({lost})")
 
     async def _wait_for_change(self) -> None:
@@ -322,7 +309,7 @@ class Router:
             return
         logger.log(logging.INFO if peer.is_draining else logging.ERROR, "%s is lost: %s", peer.name, reason)
         peer.lose(reason)
-        if peer in self._decoders:
+        if peer in self._peers.decoders:
             self._lost_at = asyncio.get_running_loop().time()
         for flight in list(self._flights.values()):
             if flight.decode is peer:
@@ -343,23 +330,8 @@ class Router:
         with suppress(LongctxError, TimeoutError):  # a lost one's requests are tried elsewhere
             await self._call(decode, "compute_here", request_id, reason)
 
-    async def _watch_roster(self, roster: Roster) -> None:
-        """Follow workers that have come, and forget those that have gone."""
-        while True:
-            await asyncio.sleep(ROSTER_INTERVAL_S)
-            try:
-                handles = {handle.name: handle for handle in await roster()}
-            except Exception as error:  # noqa: BLE001 - who there was is still there, as far as is known
-                logger.warning("which workers there are is not known: %s", error)
-                continue
-            known = {peer.name for peer in self._peers}
-            for name in handles.keys() - known:
-                logger.info("%s has come", name)
-                self._peers.append(self._make_peer(handles[name]))
-                self._spawn(self._follow(self._peers[-1]))
-            for peer in [peer for peer in self._peers if peer.name not in handles and not peer.is_alive]:
-                logger.info("%s has gone", peer.name)
-                self._peers.remove(peer)
+    def _watch(self, roster: Roster) -> None:
+        self._spawn(self._peers.watch(roster, lambda peer: self._spawn(self._follow(peer))))
 
     def _drain(self, peer: WorkerPeer, *, is_draining: bool) -> None:
         """It takes nothing new; what it has may stay for a while."""
@@ -371,7 +343,7 @@ class Router:
         self._note_change()
 
     def _move_on(self, peer: WorkerPeer) -> None:
-        is_alone = not self._has_decode  # then what it has stays with it
+        is_alone = not self._peers.has_decode  # then what it has stays with it
         for flight in [] if is_alone or not peer.is_draining else list(self._flights.values()):
             if flight.decode is peer:
                 flight.buffer.fail(WorkerDrainedError(f"{peer.name} drains"))

@@ -4,11 +4,9 @@ Its role says what it was started for. Under a policy that gives workers other w
 everything, and what one does is the router's to say, request by request: nothing has to be started or drained.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from cluster.config import ServeConfig
 from cluster.decode_side import DecodeSide
-from cluster.handle import WorkerHandle
 from cluster.messages import Admission
 from cluster.prefill_side import PrefillSide
 from cluster.shipping import choose_sending_pool, receives, sends
@@ -20,26 +18,10 @@ from memory.messages import LeaseGrant
 
 
 class ServingWorker(Worker):
-    """See ``Worker``.
+    """See ``Worker``; ``role`` is ``"prefill"`` or ``"decode"``."""
 
-    Args:
-        role: ``"prefill"`` or ``"decode"``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        role: str,
-        config: ServeConfig,
-        *,
-        node_id: str = "",
-        ranks: Sequence[WorkerHandle] = (),
-        on_lost: Callable[[str], None] | None = None,
-    ) -> None:
-        super().__init__(name, role, config, node_id=node_id, ranks=ranks, on_lost=on_lost)
-        self._sends, self._receives = sends(config.cluster, role), receives(config.cluster, role)
-        self._prefill: PrefillSide | None = None
-        self._decode: DecodeSide | None = None
+    _prefill: PrefillSide | None = None  # until ``start``, and for a role that sends nothing
+    _decode: DecodeSide | None = None
 
     @property
     def prefill_side(self) -> PrefillSide:
@@ -76,11 +58,14 @@ class ServingWorker(Worker):
         await self.decode_side.compute_here(request_id, reason)
 
     def _make_pool(self) -> MakePool | None:
-        return choose_sending_pool(self.config.transport) if self._sends else None  # a receiver takes any memory
+        if not sends(self.config.cluster, self.role):
+            return None  # a receiver takes any memory
+        return choose_sending_pool(self.config.transport)
 
     def _open(self) -> None:
-        self._prefill = PrefillSide(self) if self._sends else None
-        self._decode = DecodeSide(self, receives=self._receives)
+        cluster = self.config.cluster
+        self._prefill = PrefillSide(self) if sends(cluster, self.role) else None
+        self._decode = DecodeSide(self, receives=receives(cluster, self.role))
 
     def _shut(self) -> None:
         for side in (self._prefill, self._decode):

@@ -77,8 +77,6 @@ class PrefixStore:
             if digest in self._known:
                 continue
             self._known.add(digest)
-            if self._path(digest).exists():
-                continue
             if self._waiting_bytes + self._file_bytes > _WAITING_BYTES:
                 self.num_dropped += 1
                 self._known.discard(digest)
@@ -138,9 +136,11 @@ class PrefixStore:
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
             digest, content = item
+            path = self._path(digest)
             try:
-                self._write(self._path(digest), digest, content)
-                self.num_saved += 1
+                if not path.exists():
+                    self._write(path, digest, content)
+                    self.num_saved += 1
             except OSError as error:
                 self.num_dropped += 1
                 self._known.discard(digest)

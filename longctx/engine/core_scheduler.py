@@ -50,6 +50,9 @@ class CoreScheduler(Scheduler):
         )
         self._capacity, self._sizes_of, self._below = capacity, sizes_of, below
 
+    def count_pages(self, request: GenerationRequest) -> int:
+        return self._capacity.count_pages(self._sizes_of(request), len(request.prompt_token_ids))
+
     def allocate(self, sequence: Sequence) -> bool:
         sizes, num_tokens = self._sizes_of(sequence.active.request), sequence.num_tokens
         num_cores = self._capacity.count_core_pages(sizes, num_tokens)

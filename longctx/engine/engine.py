@@ -102,13 +102,10 @@ class Engine:
 
     def has_room(self, request: GenerationRequest) -> bool:
         """Whether a request that is added now could start in the next step, as far as pages and rows go."""
-        scheduler, num_tokens = self._scheduler, len(request.prompt_token_ids)
-        if not self.cache.num_used:
-            return True
+        scheduler = self._scheduler
         if scheduler.is_blocked or scheduler.waiting or not scheduler.has_rows(request.sampling.n):
             return False
-        num_pages = self.pool.layout.num_pages(num_tokens)
-        return self.cache.num_available >= num_pages + len(self._rows.sequences)
+        return self.cache.num_available >= scheduler.count_pages(request) + len(self._rows.sequences)
 
     def check_queue(self) -> None:
         """Raise ``QueueFullError`` if ``add`` would; any thread may ask, and gets what holds about now."""

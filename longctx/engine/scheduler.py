@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from longctx.engine.rows import DecodeRows
 from longctx.engine.sequence import INDEPENDENT, RopeLengths, Sequence
+from longctx.messages import GenerationRequest
 from memory.pages import PageAllocator
 from memory.prefix_cache import DigestChain, PrefixCache
 
@@ -111,6 +112,10 @@ class Scheduler:
         """Whether that many more sequences may decode."""
         pending = sum(_rows_wanted(s) for s in self.prefilling)
         return len(self.rows.sequences) + self.num_reserved_rows + pending + num_rows <= self._max_sequences
+
+    def count_pages(self, request: GenerationRequest) -> int:
+        """Pages that a request's prompt takes when it starts, if none is shared."""
+        return self._layout.num_pages(len(request.prompt_token_ids))
 
     def allocate(self, sequence: Sequence) -> bool:
         """Give ``sequence`` pages for all its tokens, shared ones first; False, and none taken, if too few."""

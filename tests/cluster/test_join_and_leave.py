@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.handle import LocalHandle
-from cluster.router import ROSTER_INTERVAL_S
+from cluster.membership import ROSTER_INTERVAL_S
 from cluster.serving import NotReadyError
 from cluster.serving_worker import ServingWorker
 from tests.cluster.small_cluster import generate_alone, join, make_config, make_prompt, start_cluster, wait_until
@@ -27,7 +27,7 @@ def follow_roster(cluster):
     async def roster():
         return [LocalHandle(worker) for worker in cluster.workers.values()]
 
-    cluster.router._spawn(cluster.router._watch_roster(roster))
+    cluster.router._watch(roster)
 
 
 async def read(cluster, request, seen):
@@ -111,7 +111,7 @@ def test_the_only_worker_that_drains_keeps_what_it_has(folder):
                 await cluster.answer(requests[1])
             await reading
             await cluster.workers["decode-0"].drain(False)
-            await wait_until(lambda: cluster.router._has_decode)
+            await wait_until(lambda: cluster.router._peers.has_decode)
             return [join(seen["decode-0"]), await cluster.answer(requests[1])]
 
     assert asyncio.run(scenario()) == generate_alone(config, requests)
