@@ -9,7 +9,7 @@ from longctx.engine.build import MakePool
 from memory.config import TransportConfig
 from memory.layout import KVLayout
 from memory.pages import PagePool
-from memory.transport import TRANSPORTS, KVReceiver, KVSender
+from memory.transport import AUTO, TRANSPORTS, KVReceiver, KVSender
 
 logger = logging.getLogger(__name__)
 
@@ -67,4 +67,4 @@ def open_receivers(
 
 
 def _names(config: TransportConfig) -> tuple[str, ...]:
-    return tuple(TRANSPORTS) if config.name == "auto" else (config.name,)
+    return AUTO if config.name == "auto" else (config.name,)

@@ -33,7 +33,7 @@ from memory.frames import (
     is_signed,
     session_key,
 )
-from memory.stream import Order, Stream
+from memory.stream import MAX_REASON_BYTES, Order, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,23 @@ class Payloads(ABC):
 
     @abstractmethod
     def data(
-        self, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+        self, lease_id: int, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
     ) -> tuple[Sequence[Buffer], int]:
-        """Buffers of one layer of ``pages``, valid until the next call, and the checksum of their concatenation."""
+        """Buffers of one layer of ``pages``, valid until the next call, and the checksum of their concatenation.
+
+        Raises ``ValueError`` if the pages hold what cannot be sent: the stream fails, others go on.
+        """
+
+    has_company = False  # whether a DATA frame's blocks follow it on another way
+
+    def follow(self) -> None:  # noqa: B027 - nothing to do for most
+        """A DATA frame was sent: send what goes beside it. Raises ``OSError`` if that is not possible in time."""
+
+    def forget(self, lease_id: int) -> None:  # noqa: B027 - nothing to do for most
+        """Nothing of this lease will be asked for any more."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to do for most
+        """The link has ended."""
 
 
 class Link(threading.Thread):
@@ -185,7 +199,7 @@ class Link(threading.Thread):
             self._send_control(stream, Kind.COMMIT, order.payload)
         elif order.kind == Kind.ABORT:
             self._send_control(stream, Kind.ABORT, order.payload)
-            self._streams.pop(stream.grant.lease_id, None)
+            self._drop(stream.grant.lease_id)
 
     def _open(self, stream: Stream) -> None:
         now = time.monotonic()
@@ -197,11 +211,17 @@ class Link(threading.Thread):
 
     def _send_pages(self, order: Order) -> None:
         grant = order.stream.grant
+        if self._payloads.has_company:
+            self._await_greeting(order.stream)
         for start in range(0, len(order.pages), self._pages_per_frame):
             if not order.stream.is_open or self._closing:
                 return
             pages = order.pages[start : start + self._pages_per_frame]
-            buffers, checksum = self._payloads.data(order.layer_idx, pages, order.ready)
+            try:
+                buffers, checksum = self._payloads.data(grant.lease_id, order.layer_idx, pages, order.ready)
+            except ValueError as error:
+                self._give_up(order.stream, str(error))
+                return
             header = Header(
                 kind=Kind.DATA,
                 lease_id=grant.lease_id,
@@ -213,10 +233,31 @@ class Link(threading.Thread):
                 checksum=checksum,
             )
             self._send([header.pack(order.stream.key), *buffers])
+            self._payloads.follow()
             self._on_shipped(len(pages))
             if (now := time.monotonic()) >= self._next_ping:
                 self._read_answers()
                 self._ping(now)
+
+    def _await_greeting(self, stream: Stream) -> None:
+        """Until the receiver has answered the stream's HELLO, either way."""
+        assert self._channel is not None
+        while stream.is_open and not stream.is_greeted and not self._closing:
+            if time.monotonic() >= stream.answer_by:
+                raise TimeoutError(f"no answer within {self._config.send_timeout_s:g} s")
+            if self._channel.wait(select.POLLIN, stream.answer_by):
+                self._read_answers()
+
+    def _give_up(self, stream: Stream, reason: str) -> None:
+        """End a stream whose pages cannot be sent, here and at the receiver."""
+        self._send_control(stream, Kind.ABORT, reason.encode()[:MAX_REASON_BYTES])
+        self._drop(stream.grant.lease_id)
+        stream.finish(reason)
+
+    def _drop(self, lease_id: int) -> None:
+        """Nothing of this lease is of interest any more."""
+        self._streams.pop(lease_id, None)
+        self._payloads.forget(lease_id)
 
     def _send_control(self, stream: Stream, kind: Kind, payload: bytes = b"") -> None:
         self._send(control(kind, stream.grant.lease_id, stream.grant.epoch, payload, key=stream.key))
@@ -235,7 +276,8 @@ class Link(threading.Thread):
                 raise TimeoutError(f"no answer within {self._config.send_timeout_s:g} s")
             if stream.is_open:
                 self._send_control(stream, Kind.PING)
-        self._streams = {lease_id: stream for lease_id, stream in self._streams.items() if stream.is_open}
+        for lease_id in [lease_id for lease_id, stream in self._streams.items() if not stream.is_open]:
+            self._drop(lease_id)
         intervals = [self._ping_interval(stream) for stream in self._streams.values()]
         self._next_ping = now + min(intervals, default=float("inf"))
 
@@ -258,14 +300,15 @@ class Link(threading.Thread):
         if stream is None or header.epoch != stream.grant.epoch:
             return
         if header.kind == Kind.NACK:
-            del self._streams[header.lease_id]
+            self._drop(header.lease_id)
             stream.finish(f"receiver {self._address} refused: {frame[HEADER_BYTES:].decode(errors='replace')}")
         elif not is_signed(frame, stream.key):
             raise FrameError(f"an answer for lease {header.lease_id} is not signed with its key")
         elif header.kind == Kind.ACK:
-            del self._streams[header.lease_id]
+            self._drop(header.lease_id)
             stream.finish()
         else:
+            stream.is_greeted = True
             stream.answer_by = time.monotonic() + self._config.send_timeout_s
 
     def _retire(self, reason: str) -> None:
@@ -275,6 +318,7 @@ class Link(threading.Thread):
             if self._channel:
                 self._channel.close()
             self._waker.close()
+        self._payloads.close()
         for stream in [*self._streams.values(), *(order.stream for order in self._orders)]:
             stream.finish(reason)
         self._streams.clear()

@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from memory.config import TransportConfig
 from memory.frames import (
     HEADER_BYTES,
@@ -84,6 +86,7 @@ class Peer(threading.Thread, ABC):
         except Exception:
             logger.exception("connection from a sender")  # a defect; the leases must be freed all the same
         finally:
+            self._leave()
             self._channel.close()
             with self._lock:
                 self._is_over = True
@@ -92,16 +95,34 @@ class Peer(threading.Thread, ABC):
                 self._leases.fail(session.lease, reason)
 
     @abstractmethod
-    def _fill(self, session: Session, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
-        """Put a DATA frame's blocks into ``targets``, and return the checksum they must have.
+    def _place(self, session: Session, header: Header, pages: Sequence[int], deadline: float) -> bool:
+        """Put a DATA frame's blocks into ``pages``, and say whether they are what was sent.
 
-        Reads the whole payload from the connection until ``deadline``. Every write must be made without waiting, with
-        ``session.lock`` held and ``session.lease.live``; if the lease is fenced meanwhile the rest is not written.
+        Reads the frame's whole payload from the connection until ``deadline``. Every write must be made without
+        waiting, with ``session.lock`` held and ``session.lease.live``; what comes after a fence is not written.
         """
 
-    def _expected_payload(self, num_pages: int) -> int:
-        """Bytes of payload of a DATA frame with ``num_pages`` pages."""
-        return num_pages * self._pool.layout.block_bytes
+    def _fits(self, header: Header) -> bool:
+        """Whether a DATA frame's payload can be one of its pages."""
+        return header.payload_bytes == header.num_pages * self._pool.layout.block_bytes
+
+    def _skip(self, header: Header, deadline: float) -> None:
+        """Read a frame that is not served to its end."""
+        self._channel.drain(header.payload_bytes, deadline)
+
+    def _leave(self) -> None:
+        """The connection is over."""
+
+    def _put(self, session: Session, header: Header, pages: Sequence[int], blocks: np.ndarray) -> None:
+        """Write verified blocks, uint8 ``[num_bytes]`` in the order of ``pages``, unless the lease was fenced."""
+        with session.lock:
+            if not session.lease.live:
+                return
+            start = 0
+            for target in self._blocks.targets(header.layer_idx, pages):
+                np.copyto(np.frombuffer(target, dtype=np.uint8), blocks[start : start + len(target)])
+                start += len(target)
+            self._blocks.settle(header.layer_idx, pages)
 
     def _greet(self, lease: Lease, details: dict[str, Any]) -> None:
         """Look at what a HELLO says; raises ``LeaseError`` if the sender's pages cannot be used here."""
@@ -159,7 +180,7 @@ class Peer(threading.Thread, ABC):
 
     def _refuse(self, header: Header, reason: str, deadline: float) -> None:
         """Answer a frame with NACK, unless its lease was open here and has ended: that is the answer."""
-        self._channel.drain(header.payload_bytes, deadline)
+        self._skip(header, deadline)
         session = self._opened.get(header.lease_id)
         if session:
             with session.lease.lock:
@@ -208,17 +229,12 @@ class Peer(threading.Thread, ABC):
             if session.has_committed:
                 raise LeaseError("a sender sent pages after its commit")
             pages = lease.claim(layer_idx, first, count)
-            if header.payload_bytes != self._expected_payload(count):
+            if not self._fits(header):
                 raise LeaseError(f"{header.payload_bytes} bytes for {count} pages of {self._pool.layout.block_bytes}")
         except LeaseError:
-            self._channel.drain(header.payload_bytes, deadline)
+            self._skip(header, deadline)
             raise
-        targets = self._blocks.targets(layer_idx, pages)
-        expected = self._fill(session, header, targets, deadline)
-        matches = checksum(targets) == expected
-        with session.lock:
-            if matches and lease.live:
-                self._blocks.settle(layer_idx, pages)
+        matches = self._place(session, header, pages, deadline)
         with lease.lock:
             if not lease.live:
                 return  # fenced meanwhile: the sender is told of that
@@ -252,3 +268,20 @@ class Peer(threading.Thread, ABC):
         """Answer a frame. A NACK needs no signature: who can forge one can as well cut the connection."""
         payload = reason[:_MAX_REASON].encode()
         self._channel.send(control(kind, header.lease_id, header.epoch, payload, key=key), deadline)
+
+
+class FillingPeer(Peer):
+    """Has blocks written straight into the pages, and looks at their checksum there."""
+
+    @abstractmethod
+    def _fill(self, session: Session, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
+        """Put a DATA frame's blocks into ``targets``, and return the checksum they must have. See ``Peer._place``."""
+
+    def _place(self, session: Session, header: Header, pages: Sequence[int], deadline: float) -> bool:
+        targets = self._blocks.targets(header.layer_idx, pages)
+        expected = self._fill(session, header, targets, deadline)
+        matches = checksum(targets) == expected
+        with session.lock:
+            if matches and session.lease.live:
+                self._blocks.settle(header.layer_idx, pages)
+        return matches

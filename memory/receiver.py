@@ -119,9 +119,13 @@ class StreamReceiver(KVReceiver):
             logger.warning("a sender is refused: there are %d connections", len(self._peers))
             sock.close()
             return
-        peer = self.peer_class(sock, self._leases, pool=self._pool, config=self._config)
+        peer = self._make_peer(sock)
         peer.start()
         self._peers.append(peer)
+
+    def _make_peer(self, sock: socket.socket) -> Peer:
+        """What serves an accepted connection."""
+        return self.peer_class(sock, self._leases, pool=self._pool, config=self._config)
 
 
 def _listen(host: str) -> socket.socket:

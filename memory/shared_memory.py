@@ -6,51 +6,42 @@ what finds a page that the sender reused before the copy was made. A sender that
 lease fails as with any lost connection. GPU pools cannot send this way.
 """
 
-import socket
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from memory.config import TransportConfig
-from memory.frames import Buffer, Header, checksum
+from memory.descriptors import DescriptorPayloads, DescriptorPeer
+from memory.frames import Header
 from memory.layout import KVLayout
-from memory.leases import Lease, LeaseError, LeaseTable, Session
+from memory.leases import Lease, LeaseError, Session
 from memory.link import Payloads
 from memory.pages import PagePool
-from memory.peer import Peer
+from memory.peer import FillingPeer
 from memory.receiver import StreamReceiver
 from memory.segment import SegmentPool, attach
 from memory.sender import StreamSender
-from memory.staging import HostBlocks
 from memory.transport import KVReceiver, KVSender, Transport
 
-_CHECKSUM = struct.Struct("<Q")  # of the blocks; the page ids follow, one uint32 each
 _LOOPBACK = "127.0.0.1"
 
 
-class CopyPeer(Peer):
+class CopyPeer(DescriptorPeer, FillingPeer):
     """Copies blocks out of the segment of the sender it is connected to."""
 
-    def __init__(self, sock: socket.socket, leases: LeaseTable, *, pool: PagePool, config: TransportConfig) -> None:
-        super().__init__(sock, leases, pool=pool, config=config)
-        self._source_name = ""
-        self._source: np.ndarray | None = None  # the sender's pages
-
-    def _expected_payload(self, num_pages: int) -> int:
-        return _CHECKSUM.size + 4 * num_pages
+    _source: np.ndarray | None = None  # the sender's pages
+    _source_name = ""
 
     def _greet(self, lease: Lease, details: dict[str, Any]) -> None:
         super()._greet(lease, details)
-        name, num_pages = details.get("segment"), details.get("num_pages")
-        if not isinstance(name, str) or not isinstance(num_pages, int) or num_pages < 1:
+        name = details.get("segment")
+        if not isinstance(name, str):
             raise LeaseError("HELLO names no segment")
         if self._source is None:
             layout = self._pool.layout
             try:
-                self._source = attach(name, (layout.num_layers, num_pages, layout.block_bytes))
+                self._source = attach(name, (layout.num_layers, self._num_pages, layout.block_bytes))
             except (OSError, ValueError) as error:
                 raise LeaseError(f"the sender's segment cannot be used: {error}") from error
             self._source_name = name
@@ -58,18 +49,12 @@ class CopyPeer(Peer):
             raise LeaseError(f"this connection's segment is {self._source_name}, not {name}")
 
     def _fill(self, session: Session, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
-        payload = self._channel.receive(header.payload_bytes, deadline)
-        if checksum([payload]) != header.checksum:
-            raise LeaseError("a descriptor does not match its checksum")
-        source = self._source
-        assert source is not None  # the lease was opened on this connection
-        pages = np.frombuffer(payload, dtype="<u4", offset=_CHECKSUM.size)
-        if pages.max() >= source.shape[1]:
-            raise LeaseError(f"page {pages.max()} is not in the sender's segment, which has {source.shape[1]}")
+        expected, pages = self._read_descriptor(header, deadline)
+        assert self._source is not None  # the lease was opened on this connection
         with session.lock:
             if session.lease.live:
-                _copy(source[header.layer_idx], pages.tolist(), targets)
-        return _CHECKSUM.unpack_from(payload)[0]
+                _copy(self._source[header.layer_idx], pages.tolist(), targets)
+        return expected
 
 
 class SharedMemoryReceiver(StreamReceiver):
@@ -89,26 +74,15 @@ class SharedMemoryReceiver(StreamReceiver):
         super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=_LOOPBACK)
 
 
-class DescriptorPayloads(Payloads):
-    """Frames that say where the blocks are."""
+class SegmentPayloads(DescriptorPayloads):
+    """Frames that say where in the segment the blocks are."""
 
     def __init__(self, pool: SegmentPool) -> None:
-        self._pool = pool
-        self._blocks = HostBlocks(pool)
+        super().__init__(pool)
+        self._segment_name = pool.segment_name
 
     def hello(self) -> dict[str, Any]:
-        return {
-            "layout": self._pool.layout.digest(),
-            "segment": self._pool.segment_name,
-            "num_pages": self._pool.num_pages,
-        }
-
-    def data(
-        self, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
-    ) -> tuple[Sequence[Buffer], int]:
-        blocks = checksum(self._blocks.gather(layer_idx, pages))
-        payload = _CHECKSUM.pack(blocks) + np.asarray(pages, dtype="<u4").tobytes()
-        return [payload], checksum([payload])
+        return super().hello() | {"segment": self._segment_name}
 
 
 class SharedMemorySender(StreamSender):
@@ -123,7 +97,7 @@ class SharedMemorySender(StreamSender):
         super().__init__(pool, config)
 
     def _make_payloads(self) -> Payloads:
-        return DescriptorPayloads(self._segment_pool)
+        return SegmentPayloads(self._segment_pool)
 
     def close(self) -> None:
         super().close()

@@ -14,7 +14,7 @@ from memory.transport import KVStream
 
 logger = logging.getLogger(__name__)
 
-_MAX_REASON_BYTES = 500
+MAX_REASON_BYTES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Stream(KVStream):
         self.grant = grant
         self.key = b""  # the link sets it when it knows the connection's nonce
         self.answer_by = float("inf")  # when the receiver must have answered
+        self.is_greeted = False  # whether the receiver has accepted its HELLO
         self.put: Callable[[Order], bool] | None = None
         self._pool = pool
         self._on_acked = on_acked
@@ -77,7 +78,7 @@ class Stream(KVStream):
 
     def abort(self, reason: str) -> None:
         if self.end():
-            self._order(Order(self, Kind.ABORT, payload=reason.encode()[:_MAX_REASON_BYTES]))
+            self._order(Order(self, Kind.ABORT, payload=reason.encode()[:MAX_REASON_BYTES]))
 
     def end(self) -> bool:
         """End the stream; false if it had ended."""

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from memory.codecs import Codec, CodecError, concatenate, make_codec
 from memory.config import TransportConfig
 from memory.frames import Buffer, Cursor, Header, checksum
 from memory.layout import KVLayout
-from memory.leases import Session
+from memory.leases import Lease, LeaseError, Session
 from memory.link import Payloads
 from memory.pages import PagePool
-from memory.peer import Peer
+from memory.peer import FillingPeer
 from memory.receiver import StreamReceiver
 from memory.sender import StreamSender
 from memory.staging import make_blocks
@@ -25,8 +26,37 @@ from memory.transport import KVReceiver, KVSender, Transport
 _ANY_ROUTED_ADDRESS = ("192.0.2.1", 9)  # reserved for documentation; nothing is sent to it
 
 
-class BlockPeer(Peer):
-    """Has blocks written out of the socket straight into the pages."""
+class BlockPeer(FillingPeer):
+    """Has blocks written out of the socket straight into the pages, or by way of a codec."""
+
+    _codec: Codec | None = None  # the connection's
+
+    def _greet(self, lease: Lease, details: dict[str, Any]) -> None:
+        super()._greet(lease, details)
+        name = details.get("codec", "none")
+        if self._codec is None or self._codec.name != name:
+            try:
+                self._codec = make_codec(name, self._pool.layout)
+            except ValueError as error:
+                raise LeaseError(f"the sender's codec cannot be used: {error}") from None
+
+    def _fits(self, header: Header) -> bool:
+        if self._codec is None:
+            return super()._fits(header)
+        return header.payload_bytes <= self._codec.limit(header.num_pages * self._pool.layout.block_bytes)
+
+    def _place(self, session: Session, header: Header, pages: Sequence[int], deadline: float) -> bool:
+        if self._codec is None:
+            return super()._place(session, header, pages, deadline)
+        payload = self._channel.receive(header.payload_bytes, deadline)
+        if checksum([payload]) != header.checksum:
+            return False
+        try:
+            blocks = self._codec.decode(payload, len(pages) * self._pool.layout.block_bytes)
+        except CodecError as error:
+            raise LeaseError(str(error)) from None
+        self._put(session, header, pages, blocks)
+        return True
 
     def _fill(self, session: Session, header: Header, targets: Sequence[memoryview], deadline: float) -> int:
         cursor = Cursor(targets)
@@ -60,29 +90,36 @@ class TcpReceiver(StreamReceiver):
 
 
 class BlockPayloads(Payloads):
-    """Frames that carry the blocks."""
+    """Frames that carry the blocks, as they are or as a codec makes them."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, codec: Codec | None) -> None:
         self._layout = pool.layout
         self._blocks = make_blocks(pool)
+        self._codec = codec
 
     def hello(self) -> dict[str, Any]:
-        return {"layout": self._layout.digest()}
+        return {"layout": self._layout.digest(), "codec": self._codec.name if self._codec else "none"}
 
     def data(
-        self, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+        self, lease_id: int, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
     ) -> tuple[Sequence[Buffer], int]:
-        buffers = self._blocks.gather(layer_idx, pages, ready)
+        buffers: Sequence[Buffer] = self._blocks.gather(layer_idx, pages, ready)
+        if self._codec:
+            buffers = [self._codec.encode(concatenate(buffers))]
         return buffers, checksum(buffers)
 
 
 class TcpSender(StreamSender):
-    """Sends blocks straight out of the pages."""
+    """Sends blocks straight out of the pages, or what ``config.codec`` makes of them."""
 
     name = "tcp"
 
+    def __init__(self, pool: PagePool, config: TransportConfig) -> None:
+        self._codec = make_codec(config.codec, pool.layout)
+        super().__init__(pool, config)
+
     def _make_payloads(self) -> Payloads:
-        return BlockPayloads(self._pool)
+        return BlockPayloads(self._pool, self._codec)
 
 
 class TcpTransport(Transport):

@@ -149,5 +149,13 @@ class Transport(ABC):
 
 
 TRANSPORTS = Registry(
-    "transport", {"tcp": "memory.tcp:TcpTransport", "shared_memory": "memory.shared_memory:SharedMemoryTransport"}
+    "transport",
+    {
+        "tcp": "memory.tcp:TcpTransport",
+        "shared_memory": "memory.shared_memory:SharedMemoryTransport",
+        "torch_distributed": "memory.torch_distributed:TorchDistributedTransport",
+        "nixl": "memory.nixl_reads:NixlTransport",
+        "object_store": "cluster.object_store:ObjectStoreTransport",  # only cluster knows Ray
+    },
 )
+AUTO = ("tcp", "shared_memory")  # those that transport.name=auto chooses from, whatever the hosts are

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from parallel.carrier import Carrier, ExchangeError, Message, Transfer, bytes_of, finish, open_carrier, start
 
@@ -33,7 +33,7 @@ class GlooGroup(Carrier):
 
     Args:
         rank, world_size: which of how many.
-        meeting: ``open_meeting``'s on rank 0, else its (address, port).
+        meeting: the store where the ranks meet (rank 0: ``open_meeting``'s), or rank 0's (address, port).
         address: this rank's own.
         timeout_s: longest time to find the others, and for any wait that names none.
 
@@ -44,7 +44,7 @@ class GlooGroup(Carrier):
     device_type = "cpu"
 
     def __init__(
-        self, rank: int, world_size: int, *, meeting: TCPStore | tuple[str, int], address: str, timeout_s: float
+        self, rank: int, world_size: int, *, meeting: Store | tuple[str, int], address: str, timeout_s: float
     ) -> None:
         self.rank, self.world_size, self._timeout_s = rank, world_size, timeout_s
         self._has_nccl = False

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -53,6 +54,24 @@ def test_apart_equals_one_engine(tmp_path, variant, transport):
     answers, again, num_shipped = asyncio.run(scenario())
     assert answers == expected
     assert [[d.token_ids for d in answer] for answer in again] == [[d.token_ids for d in e] for e in expected]
+    assert num_shipped > 0
+
+
+@pytest.mark.parametrize(
+    "transport, codec",
+    [("torch_distributed", "none"), ("tcp", "zstd")] + [("nixl", "none")] * (find_spec("nixl") is not None),
+)
+def test_other_ways(folder, transport, codec):
+    """Transports that are rarer, and what travels under a codec that loses nothing."""
+    config = make_config(folder, transport=transport, codec=codec, prefill_ranks=2)
+    requests = [make_request(f"r{n}", make_prompt(n, n)) for n in LENGTHS]
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            return (await cluster.answer_twice(requests))[0], cluster.num_shipped()
+
+    answers, num_shipped = asyncio.run(scenario())
+    assert answers == generate_alone(config, requests)
     assert num_shipped > 0
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from memory.sender import StreamSender
 from memory.transport import TRANSPORTS, KVStream
 
 LAYOUT = KVLayout(3, 2, 16, 16, "float32", "hnd")  # blocks of 4 KiB
-NAMES = tuple(TRANSPORTS)
+NAMES = ("shared_memory", "tcp", "torch_distributed", *(["nixl"] if find_spec("nixl") else []))
+FRAMED = ("shared_memory", "tcp")  # those of which a test can send single frames
 WAIT_S = 10.0  # longer than anything here takes
 CONFIG = TransportConfig(
     host="127.0.0.1", frame_bytes="16KiB", lease_ttl_s=5.0, connect_timeout_s=2.0, send_timeout_s=2.0
@@ -162,7 +164,7 @@ class RawSender:
 
     def data(self, layer_idx: int, first_slot: int, pages: Sequence[int]) -> tuple[bytes, dict[str, int]]:
         """Payload and header fields of a right DATA frame."""
-        buffers, digest = self.payloads.data(layer_idx, pages, None)
+        buffers, digest = self.payloads.data(0, layer_idx, pages, None)
         fields = {"layer_idx": layer_idx, "first_slot": first_slot, "num_pages": len(pages), "checksum": digest}
         return b"".join(bytes(buffer) for buffer in buffers), fields
 

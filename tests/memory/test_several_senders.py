@@ -12,7 +12,7 @@ import torch
 from memory import link
 from memory.frames import Kind
 from memory.stream import Order, Stream
-from tests.memory.kv_pair import CONFIG, LAYOUT, NAMES, WAIT_S, RawSender, make_pair, make_raw, make_raws
+from tests.memory.kv_pair import CONFIG, FRAMED, LAYOUT, WAIT_S, RawSender, make_pair, make_raw, make_raws
 
 NO_PINGS = replace(CONFIG, lease_ttl_s=100 * WAIT_S, send_timeout_s=100 * WAIT_S)
 SHARES = {
@@ -24,7 +24,7 @@ SOURCE_PAGES = ([9, 1, 2, 4, 3, 31, 30, 11, 12], [0, 1, 2, 3, 4, 5, 6, 7, 8], [8
 TARGET_PAGES = [5, 6, 7, 20, 3, 2, 1, 30, 31]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("frame_bytes", ["1KiB", "1MiB"])
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("payload_of", [None, 0, 2])
@@ -48,7 +48,7 @@ def test_round_trip(name: str, frame_bytes: str, shares: str, payload_of: int | 
         assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_an_early_commit_is_acked_with_the_last(name: str) -> None:
     with make_pair(name, NO_PINGS, num_senders=3) as pair:
         grant = pair.grant([4, 5, 6])
@@ -70,7 +70,7 @@ def test_an_early_commit_is_acked_with_the_last(name: str) -> None:
             assert all(raw.is_silent(0.02) for raw in raws)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_a_ping_crosses_the_commit(name: str) -> None:
     """It comes while the receiver's callback runs, when the lease is no longer open and not yet acknowledged."""
     with make_pair(name, NO_PINGS, num_senders=2) as pair:
@@ -93,7 +93,7 @@ def test_a_ping_crosses_the_commit(name: str) -> None:
             assert b"committed" in reason
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_pings_cross_commits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many short leases under a storm of pings."""
     monkeypatch.setattr(link, "_PINGS", 2000)
@@ -108,7 +108,7 @@ def test_pings_cross_commits(name: str, monkeypatch: pytest.MonkeyPatch) -> None
             assert pair.event() == ("commit", str(round_idx), "")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_a_fourth_sender_is_refused(name: str) -> None:
     """The lease goes on without it."""
     with make_pair(name, NO_PINGS, num_senders=3) as pair:
@@ -156,7 +156,7 @@ def test_pages_become_few_orders() -> None:
         assert orders == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_two_receivers_with_two_senders_each(name: str) -> None:
     """Ranks of a decode worker hold a part of the sequence each; every rank of the prefill worker sends to both."""
     with make_pair(name, NO_PINGS, num_senders=2) as low, make_pair(name, NO_PINGS, num_senders=2) as high:
@@ -179,7 +179,7 @@ def test_two_receivers_with_two_senders_each(name: str) -> None:
         assert high.arrived(([], []), ([23, 25, 27], [1, 0, 5]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("seed", range(4))
 def test_random_interleaving(name: str, seed: int) -> None:
     """Frames of any size in any order, cut anywhere, pings in between."""

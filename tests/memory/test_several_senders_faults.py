@@ -13,7 +13,7 @@ import pytest
 from memory.frames import Kind
 from memory.layout import KVLayout
 from memory.messages import LeaseGrant
-from tests.memory.kv_pair import CONFIG, LAYOUT, NAMES, WAIT_S, Pair, RawSender, make_pair, make_raw, make_raws
+from tests.memory.kv_pair import CONFIG, FRAMED, LAYOUT, WAIT_S, Pair, RawSender, make_pair, make_raw, make_raws
 
 NO_PINGS = replace(CONFIG, lease_ttl_s=100 * WAIT_S, send_timeout_s=100 * WAIT_S)
 
@@ -54,7 +54,7 @@ FAULTS: dict[str, tuple[Callable[[Pair, RawSender, LeaseGrant], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_one_fails_all(name: str, fault: str) -> None:
     """Of three senders one does wrong, one has committed, and one is in between."""
@@ -99,7 +99,7 @@ def wait_until_committed(pair: Pair, grant: LeaseGrant, *, num_committed: int, n
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("has_opened", [True, False])
 def test_one_sender_freezes(name: str, has_opened: bool) -> None:
     """It is silent while the others ping. While it pings as they do the lease lives, for several times to live."""
@@ -127,7 +127,7 @@ def test_one_sender_freezes(name: str, has_opened: bool) -> None:
             assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_a_sender_freezes_inside_a_frame(name: str) -> None:
     """Its blocks may be half written; the rest of them must not be, whenever it comes."""
     with make_pair(name, NO_PINGS, num_senders=2) as pair:
@@ -146,7 +146,7 @@ def test_a_sender_freezes_inside_a_frame(name: str) -> None:
             assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_a_late_sender(name: str) -> None:
     """The lease has failed before it says HELLO."""
     with make_pair(name, NO_PINGS, num_senders=2) as pair:
@@ -160,7 +160,7 @@ def test_a_late_sender(name: str) -> None:
         assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_commit_with_missing_blocks(name: str) -> None:
     """Known when the last one commits, not before."""
     with make_pair(name, NO_PINGS, num_senders=3) as pair:
@@ -180,7 +180,7 @@ def test_commit_with_missing_blocks(name: str) -> None:
         assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_receiver_closes(name: str) -> None:
     with make_pair(name, NO_PINGS, num_senders=3) as pair:
         streams = pair.open_all(pair.grant([4]))
@@ -191,7 +191,7 @@ def test_receiver_closes(name: str) -> None:
         assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("delay_s", [0.001, 0.003, 0.01])
 def test_revoke_fences_every_sender(name: str, delay_s: float) -> None:
     """All of them write when the lease is revoked."""
@@ -208,7 +208,7 @@ def test_revoke_fences_every_sender(name: str, delay_s: float) -> None:
         assert pair.events.empty()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_fault_at_any_time(name: str, seed: int) -> None:
     """Frames of three senders in any order; somewhere one of them aborts or dies, and the others go on sending."""

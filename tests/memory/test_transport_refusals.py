@@ -13,7 +13,7 @@ from memory.frames import HEADER_BYTES, Header, Kind, checksum, is_signed
 from memory.layout import KVLayout
 from memory.messages import LeaseGrant
 from memory.transport import TRANSPORTS
-from tests.memory.kv_pair import CONFIG, LAYOUT, NAMES, WAIT_S, Pair, RawSender, make_pair, make_raw, ship
+from tests.memory.kv_pair import CONFIG, FRAMED, LAYOUT, WAIT_S, Pair, RawSender, make_pair, make_raw, ship
 
 
 def hello(raw: RawSender, grant: LeaseGrant, **details: Any) -> tuple[int, bytes]:
@@ -37,7 +37,7 @@ NOT_THE_LEASES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("case", NOT_THE_LEASES)
 def test_grant_that_is_not_the_receivers(name: str, case: str) -> None:
     """A whole stream on a wrong grant fails at the sender; the right one still works afterwards."""
@@ -55,7 +55,7 @@ def test_grant_that_is_not_the_receivers(name: str, case: str) -> None:
         assert pair.arrived(([4, 5], [0, 1]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("case", NOT_THE_LEASES)
 def test_frame_that_is_not_the_leases(name: str, case: str) -> None:
     """One wrong frame in a right conversation changes nothing."""
@@ -82,7 +82,7 @@ WRONG_FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 @pytest.mark.parametrize("case", WRONG_FIELDS)
 def test_frame_outside_its_lease(name: str, case: str) -> None:
     """The sender has the key but asks for too much: nothing is written and the lease fails on both sides."""
@@ -98,7 +98,7 @@ def test_frame_outside_its_lease(name: str, case: str) -> None:
         assert pair.receiver.num_leases == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_frame_without_hello(name: str) -> None:
     with make_pair(name) as pair, make_raw(pair) as raw:
         kind, reason = send_data(raw, pair.grant([0, 1]))
@@ -108,7 +108,7 @@ def test_frame_without_hello(name: str) -> None:
         assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_wrong_layout(name: str) -> None:
     """``open`` compares digests; a sender that lies about the grant's is found by HELLO."""
     other = KVLayout(3, 2, 16, 16, "float32", "nhd")
@@ -129,7 +129,7 @@ def test_wrong_layout(name: str) -> None:
         sender.close()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_pages_are_written_once(name: str) -> None:
     with make_pair(name) as pair, make_raw(pair) as raw:
         grant = pair.grant([0, 1])
@@ -141,7 +141,7 @@ def test_pages_are_written_once(name: str) -> None:
         assert (pair.target.storage[0, :2] == pair.source.storage[0, 4:6]).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_replay(name: str) -> None:
     """The very bytes of a frame, sent again after the commit and on another connection."""
     with make_pair(name) as pair, make_raw(pair) as raw, make_raw(pair) as thief:
@@ -208,7 +208,7 @@ def test_corrupt_payload(name: str, is_checksum_right: bool) -> None:
         assert pair.is_silent()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FRAMED)
 def test_page_reused_before_it_was_shipped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with make_pair(name) as pair:
         make_payloads = pair.sender._make_payloads
@@ -217,8 +217,8 @@ def test_page_reused_before_it_was_shipped(name: str, monkeypatch: pytest.Monkey
             payloads = make_payloads()
             data = payloads.data
 
-            def reuse(layer_idx: int, pages: Any, ready: Any) -> Any:
-                frame = data(layer_idx, pages, ready)
+            def reuse(lease_id: int, layer_idx: int, pages: Any, ready: Any) -> Any:
+                frame = data(lease_id, layer_idx, pages, ready)
                 pair.source.storage[layer_idx, pages[0], 17] += 1
                 return frame
 
@@ -237,7 +237,7 @@ def segment_cases(pair: Pair) -> dict[str, tuple[dict[str, Any], bytes]]:
         "path": ({"segment": "../etc/passwd"}, b"not the name"),
         "gone": ({"segment": "longctx-1-0123456789abcdef"}, b"No such file"),
         "size": ({"num_pages": pair.source.num_pages + 1}, b"has"),
-        "type": ({"num_pages": "32"}, b"no segment"),
+        "type": ({"num_pages": "32"}, b"how many pages"),
     }
 
 
@@ -258,7 +258,7 @@ def test_page_outside_the_segment() -> None:
         payload, fields = raw.data(0, 0, [4, 5])
         payload = payload[:-4] + (32).to_bytes(4, "little")
         raw.send(Kind.DATA, grant, payload, **{**fields, "checksum": checksum([payload])})
-        assert b"page 32 is not in the sender's segment" in raw.answer()[1]
+        assert b"page 32 is not in the sender's pool" in raw.answer()[1]
         assert pair.is_untouched()
 
 
