@@ -15,6 +15,8 @@ from longctx.adapters.folder import choose_adapter
 from longctx.attention.config import choose_method
 from longctx.errors import ConfigError
 from longctx.models.checkpoint import absolute_path, inspect_checkpoint
+from memory.config import TLS_FILES, TransportConfig
+from memory.tls import make_context
 from parallel.links import load_links
 from parallel.option import parse_budget
 
@@ -32,8 +34,7 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **absolute))
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
     choose_method(config.attention, spec)
-    _check_transport(config)
-    config = dataclasses.replace(config, server=_check_server(config.server))
+    config = dataclasses.replace(config, transport=_check_transport(config), server=_check_server(config.server))
     config = _check_ranks(config)
     if config.ray.address is None:
         check_port(config.server)
@@ -58,14 +59,32 @@ def _check_server(server: ServerConfig) -> ServerConfig:
     return dataclasses.replace(server, **absolute)
 
 
-def _check_transport(config: ServeConfig) -> None:
-    """Whether what lies below can be sent."""
-    apart, blocks = config.cluster.num_prefill_workers > 0, config.attention.blocks
-    if apart and blocks == "file" and config.transport.name == "shared_memory":
+def _check_transport(config: ServeConfig) -> TransportConfig:
+    """Whether what lies below can be sent, and secured; workers get its files' absolute paths."""
+    transport, cluster = config.transport, config.cluster
+    if (
+        cluster.num_prefill_workers
+        and config.attention.blocks == "file"
+        and transport.name in ("shared_memory", "nixl")
+    ):
         raise ConfigError(
-            "transport.name=shared_memory is not allowed with attention.blocks=file: it sends from /dev/shm alone; "
+            f"transport.name={transport.name} is not allowed with attention.blocks=file: it sends from memory alone; "
             "tcp or auto, or attention.blocks=host"
         )
+    if transport.tls_certificate is None:
+        return transport
+    if cluster.prefill.sp_degree > 1 or cluster.decode.sp_degree > 1:
+        raise ConfigError(
+            "transport.tls_certificate is not allowed with workers of several ranks (cluster.prefill.sp_degree, "
+            "cluster.decode.sp_degree): what ranks exchange among themselves is not encrypted"
+        )
+    absolute = {name: os.path.abspath(os.path.expanduser(getattr(transport, name))) for name in TLS_FILES}
+    transport = dataclasses.replace(transport, **absolute)
+    try:
+        make_context(transport, server_side=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return transport
 
 
 def _check_ranks(config: ServeConfig) -> ServeConfig:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from parallel.option import option, parse_size
 
 TRANSPORT_NAMES = ("auto", "tcp", "shared_memory", "torch_distributed", "nixl", "object_store")
+TLS_FILES = ("tls_certificate", "tls_key", "tls_ca")
 CODEC_NAMES = ("none", "zstd", "bfloat16", "int8")
 
 
@@ -20,6 +21,11 @@ class TransportConfig:
         "what makes KV smaller over tcp; zstd: no bit is lost; bfloat16 (of float32 KV), int8: answers may differ",
         choices=CODEC_NAMES,
     )
+    tls_certificate: str | None = option(
+        None, "PEM file, on every node: workers show it to each other and speak TLS over tcp; null: plain text"
+    )
+    tls_key: str | None = option(None, "PEM file of its key, without a passphrase")
+    tls_ca: str | None = option(None, "PEM file of who signs the certificates that are believed")
     host: str | None = option(None, "address receivers listen on and advertise; null: the node's")
     frame_bytes: str = option("1MiB", "largest payload of one frame", parse=parse_size)
     lease_ttl_s: float = option(10.0, "seconds without progress after which reserved pages are freed", above=0)
@@ -31,4 +37,18 @@ class TransportConfig:
             raise ValueError(
                 f"transport.codec={self.codec} is not allowed with transport.name={self.name}: codecs are for tcp "
                 "(or auto, which takes tcp between hosts)"
+            )
+        files = {key: getattr(self, key) for key in TLS_FILES}
+        missing = [key for key, path in files.items() if not path]
+        if len(missing) == len(files):
+            return
+        if missing:
+            raise ValueError(
+                f"transport.{missing[0]}={files[missing[0]]} is not allowed with others of {', '.join(TLS_FILES)}: "
+                "all or none"
+            )
+        if self.name not in ("auto", "tcp"):
+            raise ValueError(
+                f"transport.tls_certificate is not allowed with transport.name={self.name}, which would send KV "
+                "beside TLS: tcp or auto"
             )

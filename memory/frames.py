@@ -223,15 +223,24 @@ class FrameSocket:
         cursor = Cursor(buffers)
         events = select.POLLOUT | (select.POLLIN if on_readable else 0)
         while cursor:
-            try:
-                cursor.advance(self._socket.sendmsg(cursor.buffers, (), socket.MSG_DONTWAIT))
+            if sent := self._send_some(cursor):
+                cursor.advance(sent)
                 continue
-            except BlockingIOError:
-                ready = self.wait(events, deadline)
+            ready = self.wait(events, deadline)
             if on_readable and ready & select.POLLIN:
                 on_readable()
             if not ready and time.monotonic() >= deadline:
                 raise TimeoutError(f"the peer took no data in time, {cursor.remaining} bytes are left")
+
+    def _send_some(self, cursor: Cursor) -> int:
+        """Bytes that the kernel took at once."""
+        try:
+            return self._socket.sendmsg(cursor.buffers, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def secure(self, deadline: float) -> None:
+        """Agree with the other end about encryption, if there is to be any."""
 
     def receive_some(self, cursor: Cursor) -> int:
         """Bytes that were there at once and were written to the cursor's buffers; 0 if none were."""

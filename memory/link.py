@@ -10,6 +10,7 @@ import json
 import logging
 import select
 import socket
+import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -34,6 +35,7 @@ from memory.frames import (
     session_key,
 )
 from memory.stream import MAX_REASON_BYTES, Order, Stream
+from memory.tls import TlsSocket
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Link(threading.Thread):
         payloads: what frames carry.
         pages_per_frame: at most this many blocks go into one DATA frame.
         on_shipped: called with the number of pages after each DATA frame.
+        tls: what the connection is secured with.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Link(threading.Thread):
         payloads: Payloads,
         pages_per_frame: int,
         on_shipped: Callable[[int], None],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(name="kv-link", daemon=True)
         self._address = address
@@ -96,6 +100,7 @@ class Link(threading.Thread):
         self._payloads = payloads
         self._pages_per_frame = pages_per_frame
         self._on_shipped = on_shipped
+        self._tls = tls
         self._orders: deque[Order] = deque()
         self._streams: dict[int, Stream] = {}  # by lease id; the thread's own
         self._waker = Waker()
@@ -162,10 +167,15 @@ class Link(threading.Thread):
         host, _, port = self._address.rpartition(":")
         family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
-        channel = FrameSocket(sock, self._waker)
+        channel = (
+            TlsSocket(sock, self._waker, context=self._tls, server_side=False)
+            if self._tls
+            else FrameSocket(sock, self._waker)
+        )
         with self._lock:
             self._channel = channel
         self._await_connection(channel, sock, where, deadline)
+        channel.secure(deadline)
         raw = self._await(channel, HEADER_BYTES, deadline)
         header = Header.unpack(raw)
         if header.kind != Kind.WELCOME:

@@ -11,6 +11,7 @@ import logging
 import secrets
 import select
 import socket
+import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -37,6 +38,7 @@ from memory.frames import (
 from memory.leases import Lease, LeaseError, LeaseTable, Session
 from memory.pages import PagePool
 from memory.staging import make_blocks
+from memory.tls import TlsSocket
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +58,23 @@ class Peer(threading.Thread, ABC):
         leases: the receiver's.
         pool: the receiver's.
         config: timeouts.
+        tls: what the connection is secured with.
     """
 
-    def __init__(self, sock: socket.socket, leases: LeaseTable, *, pool: PagePool, config: TransportConfig) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        leases: LeaseTable,
+        *,
+        pool: PagePool,
+        config: TransportConfig,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         super().__init__(name="kv-peer", daemon=True)
         self._waker = Waker()
-        self._channel = FrameSocket(sock, self._waker)
+        self._channel = (
+            TlsSocket(sock, self._waker, context=tls, server_side=True) if tls else FrameSocket(sock, self._waker)
+        )
         self._leases = leases
         self._pool = pool
         self._config = config
@@ -134,6 +147,7 @@ class Peer(threading.Thread, ABC):
         """Serve frames; returns never, an error ends it."""
         trusted_by = time.monotonic() + self._config.connect_timeout_s
         is_trusted = False  # whether a frame was signed as it should be
+        self._channel.secure(trusted_by)
         self._channel.send(control(Kind.WELCOME, 0, 0, self._nonce, key=b""), trusted_by)
         while True:
             self._tell_ends()

@@ -7,6 +7,7 @@ page whose lease has ended cannot be written any more.
 import logging
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ class StreamReceiver(KVReceiver):
     """See ``KVReceiver``. Listens on ``host`` at a port the system picks; raises ``OSError`` if it cannot."""
 
     peer_class: type[Peer]
+    _tls: ssl.SSLContext | None = None  # what connections are secured with
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class StreamReceiver(KVReceiver):
 
     def _make_peer(self, sock: socket.socket) -> Peer:
         """What serves an accepted connection."""
-        return self.peer_class(sock, self._leases, pool=self._pool, config=self._config)
+        return self.peer_class(sock, self._leases, pool=self._pool, config=self._config, tls=self._tls)
 
 
 def _listen(host: str) -> socket.socket:

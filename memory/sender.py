@@ -3,6 +3,7 @@
 Subclasses say what a DATA frame carries (``Payloads``).
 """
 
+import ssl
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -21,6 +22,7 @@ class StreamSender(KVSender):
     """See ``KVSender``."""
 
     name: str
+    _tls: ssl.SSLContext | None = None  # what connections are secured with
 
     def __init__(self, pool: PagePool, config: TransportConfig) -> None:
         self._pool = pool
@@ -75,6 +77,7 @@ class StreamSender(KVSender):
             payloads=self._make_payloads(),
             pages_per_frame=self._pages_per_frame,
             on_shipped=self._count,
+            tls=self._tls,
         )
 
     def _count(self, num_pages: int) -> None:

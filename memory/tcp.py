@@ -21,6 +21,7 @@ from memory.peer import FillingPeer
 from memory.receiver import StreamReceiver
 from memory.sender import StreamSender
 from memory.staging import make_blocks
+from memory.tls import make_context
 from memory.transport import KVReceiver, KVSender, Transport
 
 _ANY_ROUTED_ADDRESS = ("192.0.2.1", 9)  # reserved for documentation; nothing is sent to it
@@ -85,6 +86,7 @@ class TcpReceiver(StreamReceiver):
         on_commit: Callable[[str, bytes], None],
         on_failed: Callable[[str, str], None],
     ) -> None:
+        self._tls = make_context(config, server_side=True)
         host = config.host or node_address()
         super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=host)
 
@@ -116,6 +118,7 @@ class TcpSender(StreamSender):
 
     def __init__(self, pool: PagePool, config: TransportConfig) -> None:
         self._codec = make_codec(config.codec, pool.layout)
+        self._tls = make_context(config, server_side=False)
         super().__init__(pool, config)
 
     def _make_payloads(self) -> Payloads:

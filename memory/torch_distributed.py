@@ -168,8 +168,10 @@ class GroupPayloads(Payloads):
 class GroupPeer(Peer):
     """Takes what follows each DATA frame in the group."""
 
-    def __init__(self, sock: socket.socket, leases: LeaseTable, *, pool: PagePool, config: TransportConfig) -> None:
-        super().__init__(sock, leases, pool=pool, config=config)
+    def __init__(
+        self, sock: socket.socket, leases: LeaseTable, *, pool: PagePool, config: TransportConfig, **options: Any
+    ) -> None:
+        super().__init__(sock, leases, pool=pool, config=config, **options)
         self._staged = TensorBlocks(pool)
         self._meeting: tuple[str, int, str] | None = None
         self._pair: Pair | None = None
