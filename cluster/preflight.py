@@ -62,11 +62,8 @@ def _check_server(server: ServerConfig) -> ServerConfig:
 def _check_transport(config: ServeConfig) -> TransportConfig:
     """Whether what lies below can be sent, and secured; workers get its files' absolute paths."""
     transport, cluster = config.transport, config.cluster
-    if (
-        cluster.num_prefill_workers
-        and config.attention.blocks == "file"
-        and transport.name in ("shared_memory", "nixl")
-    ):
+    sends_memory = cluster.num_prefill_workers > 0 and transport.name in ("shared_memory", "nixl")
+    if sends_memory and config.attention.blocks == "file":
         raise ConfigError(
             f"transport.name={transport.name} is not allowed with attention.blocks=file: it sends from memory alone; "
             "tcp or auto, or attention.blocks=host"
