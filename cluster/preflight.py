@@ -68,19 +68,18 @@ def _check_transport(config: ServeConfig) -> TransportConfig:
             f"transport.name={transport.name} is not allowed with attention.blocks=file: it sends from memory alone; "
             "tcp or auto, or attention.blocks=host"
         )
-    if transport.tls_certificate is None:
-        return transport
-    if cluster.prefill.sp_degree > 1 or cluster.decode.sp_degree > 1:
+    files = {name: getattr(transport, name) for name in TLS_FILES}
+    absolute = {name: os.path.abspath(os.path.expanduser(path)) for name, path in files.items() if path}
+    transport = dataclasses.replace(transport, **absolute)
+    try:
+        is_secured = make_context(transport, server_side=True) is not None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if is_secured and (cluster.prefill.sp_degree > 1 or cluster.decode.sp_degree > 1):
         raise ConfigError(
             "transport.tls_certificate is not allowed with workers of several ranks (cluster.prefill.sp_degree, "
             "cluster.decode.sp_degree): what ranks exchange among themselves is not encrypted"
         )
-    absolute = {name: os.path.abspath(os.path.expanduser(getattr(transport, name))) for name in TLS_FILES}
-    transport = dataclasses.replace(transport, **absolute)
-    try:
-        make_context(transport, server_side=True)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     return transport
 
 

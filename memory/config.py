@@ -38,17 +38,3 @@ class TransportConfig:
                 f"transport.codec={self.codec} is not allowed with transport.name={self.name}: codecs are for tcp "
                 "(or auto, which takes tcp between hosts)"
             )
-        files = {key: getattr(self, key) for key in TLS_FILES}
-        missing = [key for key, path in files.items() if not path]
-        if len(missing) == len(files):
-            return
-        if missing:
-            raise ValueError(
-                f"transport.{missing[0]}={files[missing[0]]} is not allowed with others of {', '.join(TLS_FILES)}: "
-                "all or none"
-            )
-        if self.name not in ("auto", "tcp"):
-            raise ValueError(
-                f"transport.tls_certificate is not allowed with transport.name={self.name}, which would send KV "
-                "beside TLS: tcp or auto"
-            )

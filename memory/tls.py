@@ -10,21 +10,27 @@ import ssl
 import time
 from pathlib import Path
 
-from memory.config import TransportConfig
+from memory.config import TLS_FILES, TransportConfig
 from memory.frames import Cursor, FrameSocket, Waker
 
 
 def make_context(config: TransportConfig, *, server_side: bool) -> ssl.SSLContext | None:
-    """What ``config``'s files make; None without. Raises ``ValueError`` naming the file that is wrong."""
-    if config.tls_certificate is None or config.tls_key is None or config.tls_ca is None:
-        return None  # all or none: TransportConfig sees to it
+    """What ``config``'s files make; None without. Raises ``ValueError`` that says what is wrong, and what is allowed."""
+    given = {name: getattr(config, name) for name in TLS_FILES if getattr(config, name) is not None}
+    if not given:
+        return None
+    if missing := [name for name in TLS_FILES if not given.get(name)]:
+        raise ValueError(f"transport.{missing[0]} is missing: {', '.join(TLS_FILES)} belong together, all or none")
+    if config.name not in ("auto", "tcp"):
+        raise ValueError(
+            f"transport.tls_certificate is not allowed with transport.name={config.name}, which would send KV beside "
+            "TLS: tcp or auto"
+        )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
-    certificate, key, authority = (
-        Path(path).expanduser() for path in (config.tls_certificate, config.tls_key, config.tls_ca)
-    )
+    certificate, key, authority = (Path(given[name]).expanduser() for name in TLS_FILES)
     for name, path in (("certificate", certificate), ("key", key), ("ca", authority)):
         try:
             path.read_bytes()

@@ -116,15 +116,13 @@ def test_one_who_says_nothing(ours: Certificate) -> None:
 
 
 def test_files(ours: Certificate, strangers: Certificate, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tls_ca=None is not allowed with others"):
-        TransportConfig(tls_certificate="a", tls_key="b")
-    with pytest.raises(ValueError, match=r"transport.name=nixl.*tcp or auto"):
-        TransportConfig(name="nixl", tls_certificate="a", tls_key="b", tls_ca="c")
     good = secured(ours)
     junk = tmp_path / "junk.pem"
     junk.write_text("junk")
     for change, message in (
         ({"tls_ca": str(tmp_path / "none")}, "tls_ca=.*cannot be read"),
+        ({"tls_ca": None}, "tls_ca is missing: .*all or none"),
+        ({"name": "nixl"}, "transport.name=nixl.*tcp or auto"),
         ({"tls_ca": str(junk)}, "tls_ca=.*certificates as PEM"),
         ({"tls_key": strangers.key}, "tls_key=.*belongs to it"),
     ):
