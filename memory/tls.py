@@ -15,7 +15,7 @@ from memory.frames import Cursor, FrameSocket, Waker
 
 
 def make_context(config: TransportConfig, *, server_side: bool) -> ssl.SSLContext | None:
-    """What ``config``'s files make; None without. Raises ``ValueError`` that says what is wrong, and what is allowed."""
+    """What ``config``'s files make; None without. Raises ``ValueError`` that says what is wrong and what is allowed."""
     given = {name: getattr(config, name) for name in TLS_FILES if getattr(config, name) is not None}
     if not given:
         return None
