@@ -37,6 +37,12 @@ GAUGES: tuple[tuple[str, str, Callable[[WorkerStats], float]], ...] = (
 )
 COUNTERS: tuple[tuple[str, str, Callable[[WorkerStats], float]], ...] = (
     ("kv_bytes_shipped", "KV bytes sent to other workers", lambda worker: worker.bytes_shipped),
+    ("prompts_shipped", "Prompts whose KV other workers have acknowledged", lambda worker: worker.num_shipped),
+    (
+        "kv_residual_seconds",
+        "Of all prompts shipped: from the first token to the acknowledgement of their KV",
+        lambda worker: worker.residual_s,
+    ),
     ("preemptions", "Sequences preempted for want of pages", lambda worker: worker.engine.num_preemptions),
     ("prompt_tokens", "Prompt tokens taken in", lambda worker: worker.engine.num_prompt_tokens),
     ("cached_tokens", "Prompt tokens found in the prefix cache", lambda worker: worker.engine.num_cached_tokens),

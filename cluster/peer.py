@@ -162,6 +162,8 @@ class WorkerPeer:
             pid=known.pid or (self.info.pid if self.info else 0),
             transport=known.transport,
             bytes_shipped=known.bytes_shipped,
+            num_shipped=known.num_shipped,
+            residual_s=known.residual_s,
             sp_degree=self.sp_degree,
             alive=self.is_alive,
             draining=self.is_draining,

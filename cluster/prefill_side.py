@@ -1,6 +1,7 @@
 """Computes prompts and ships their KV, layer by layer, while the next layer computes (Splitwise, section IV-C)."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,7 @@ class StreamExport:
     def __init__(self, own: OwnPages, on_failed: Callable[[str], None]) -> None:
         self._own, self._on_failed = own, on_failed
         self.streams: list[KVStream] = []
+        self.prefilled = 0.0  # time.monotonic() at which the prompt was computed
 
     def on_layer(self, layer_idx: int, first_page_idx: int, pages: list[int]) -> None:
         """Enqueue this layer of these pages."""
@@ -37,6 +39,7 @@ class StreamExport:
 
     def on_prefilled(self, first: FirstTokens) -> None:
         """Commit, with the first tokens."""
+        self.prefilled = time.monotonic()
         payload = encode_first_tokens(first)
         for stream in self.streams:
             stream.commit(payload)
@@ -62,6 +65,7 @@ class PrefillSide:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self.senders = open_senders(worker.engine.shipped_pool, worker.config.transport)
+        self.num_shipped, self.residual_s = 0, 0.0  # see WorkerStats
 
     async def prefill(self, request: GenerationRequest, grants: Sequence[LeaseGrant]) -> None:
         """Queue a prompt whose KV goes to the holders of ``grants``; ``finished`` of a later report says how it ended.
@@ -85,7 +89,7 @@ class PrefillSide:
         unacked = set(range(len(grants)))
 
         def end(index: int, reason: str) -> None:
-            engine_loop.call(self._end, request_id, export, unacked, index, reason)
+            engine_loop.call(self._end, request_id, export, unacked, index, reason, time.monotonic())
 
         try:
             for index, grant in enumerate(grants):
@@ -97,7 +101,9 @@ class PrefillSide:
             export.abort(str(error))
             raise
 
-    def _end(self, request_id: str, export: StreamExport, unacked: set[int], index: int, reason: str) -> None:
+    def _end(
+        self, request_id: str, export: StreamExport, unacked: set[int], index: int, reason: str, acked: float
+    ) -> None:
         """A receiver has the KV, or refused it; once all have, or one has not, the prompt's pages are free."""
         if index not in unacked:  # another one's refusal came before
             return
@@ -108,6 +114,9 @@ class PrefillSide:
         if reason:
             export.abort(reason)
             self._close_exports(request_id, reason)
+        else:
+            self.num_shipped += 1
+            self.residual_s += acked - export.prefilled
         self._worker.engine.export_done(request_id)
         self._worker.post_finished(request_id, reason)
 

@@ -25,6 +25,7 @@ from longctx.terminal_log import log_to_terminal
 MAX_ONGOING = 100_000  # ours to refuse (server.max_requests), with an answer that says so
 GRACE_S = 3.0
 HEALTH_PERIOD_S = 5.0
+HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node
 SERVE_CONTROLLER_NAME, SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 SERVE_TIMEOUT_S = 30.0
 
@@ -123,7 +124,7 @@ def deployment_options() -> dict[str, Any]:
         "name": "endpoint",
         "num_replicas": 1,
         "max_ongoing_requests": MAX_ONGOING,
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}},  # with the proxy: one host to lose
         "graceful_shutdown_timeout_s": GRACE_S + ENDING_S,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": HEALTH_PERIOD_S,

@@ -44,6 +44,8 @@ class WorkerStats:
     pid: int = 0
     transport: str = ""  # how its KV travels; empty if it does not
     bytes_shipped: int = 0  # KV bytes sent to other workers since the start
+    num_shipped: int = 0  # prompts whose KV other workers have acknowledged
+    residual_s: float = 0.0  # of all of them: seconds from the first token to the acknowledgement
     sp_degree: int = 1  # ranks that share its sequences
     pool: str = ""  # "mixed" while it has work that it was not started for, else its role
     draining: bool = False  # it takes nothing new

@@ -5,10 +5,12 @@ everything, and what one does is the router's to say, request by request: nothin
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.decode_side import DecodeSide
 from cluster.messages import Admission
 from cluster.prefill_side import PrefillSide
+from cluster.serving import WorkerStats
 from cluster.shipping import choose_sending_pool, receives, sends
 from cluster.worker import Worker
 from longctx.engine.build import MakePool
@@ -82,7 +84,13 @@ class ServingWorker(Worker):
     def _take_arrival(self, rank: int, request_id: str, payload: bytes | None, reason: str) -> None:
         self.decode_side.take_arrival(rank, request_id, payload, reason)
 
-    def _describe_transport(self) -> tuple[str, int]:
-        senders = self._prefill.senders if self._prefill else {}
-        names = senders or self.decode_side.receivers
-        return "+".join(sorted(names)), sum(sender.bytes_shipped for sender in senders.values())
+    def _describe_transport(self, stats: WorkerStats) -> WorkerStats:
+        if self._prefill is None:
+            return replace(stats, transport="+".join(sorted(self.decode_side.receivers)))
+        return replace(
+            stats,
+            transport="+".join(sorted(self._prefill.senders)),
+            bytes_shipped=stats.bytes_shipped + sum(each.bytes_shipped for each in self._prefill.senders.values()),
+            num_shipped=self._prefill.num_shipped,
+            residual_s=self._prefill.residual_s,
+        )

@@ -266,17 +266,16 @@ class Worker(ABC):
         return stats
 
     def _note_stats(self) -> None:
-        transport, shipped = self._describe_transport()
-        self._stats = WorkerStats(
+        stats = WorkerStats(
             self.name,
             self.role,
             self.engine.stats(),
             socket.gethostname(),
             os.getpid(),
-            transport,
-            shipped + self.ranks.bytes_shipped,
+            bytes_shipped=self.ranks.bytes_shipped,
             sp_degree=self.ranks.sp_degree,
         )
+        self._stats = self._describe_transport(stats)
 
     @abstractmethod
     def _take_arrival(self, rank: int, request_id: str, payload: bytes | None, reason: str) -> None:
@@ -303,8 +302,8 @@ class Worker(ABC):
         """On the engine's thread."""
 
     @abstractmethod
-    def _describe_transport(self) -> tuple[str, int]:
-        """Names of the transports, and KV bytes shipped."""
+    def _describe_transport(self, stats: WorkerStats) -> WorkerStats:
+        """With the names of the transports, and what was shipped."""
 
 
 def _drain(queue: deque) -> tuple:

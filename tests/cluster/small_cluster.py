@@ -131,7 +131,8 @@ class SmallCluster:
     def num_shipped(self, name: str = "prefill-0") -> int:
         """KV bytes that a prefill worker sent."""
         worker = self.workers[name]
-        return worker._describe_transport()[1] + worker.ranks.bytes_shipped
+        worker._note_stats()
+        return worker._stats.bytes_shipped
 
     async def wait_until_ready(self) -> None:
         """Every worker is, and has said how many pages it has."""
