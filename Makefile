@@ -24,10 +24,10 @@ $(STAMP): pyproject.toml
 
 # Two at a time (tests/conftest.py): cluster tests wait more than they compute. Threads that wait for each other must not spin meanwhile.
 test: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 slow: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'slow and not gpu and not multihost' --numprocesses 2 --dist loadgroup $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'slow and not gpu and not multihost' --numprocesses 2 --dist loadfile $(ARGS)
 
 # Random requests under random faults, about half an hour: every answer exact or a typed error, nothing left behind.
 soak: install

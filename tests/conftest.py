@@ -1,13 +1,37 @@
-"""Two tests at a time: files are what is shared out, and all that start a Ray of their own go to one worker."""
+"""Two tests at a time, if xdist runs them: files are what is shared out, and those that ask one server stay together.
+
+Marks of xdist's ``loadgroup`` would say the same, but pytest 9.2 and xdist 3.8 together ignore them, without a word
+(pytest-dev/pytest-xdist#1386): a server, and whatever else a file prepares for its tests, would be started twice.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-_ROOT = Path(__file__).parent
+_ROOT = Path(__file__).parent.parent
+_SERVED = tuple(f"tests/cluster/{name}.py" for name in ("test_launch", "test_served", "test_status"))
+
+
+def group_of(nodeid: str) -> str:
+    """Tests of one group run on one worker, one after another."""
+    file = nodeid.partition("::")[0]
+    return "served" if file in _SERVED else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups begin in the order in which they are collected."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        part = item.path.relative_to(_ROOT).parts
-        item.add_marker(pytest.mark.xdist_group(part[0] if part[0] == "cluster" else "/".join(part)))
+    """What takes longest begins first."""
+    items.sort(key=lambda item: group_of(item.nodeid) != "served")
