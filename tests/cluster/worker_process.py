@@ -1,10 +1,6 @@
-"""A worker in a process of its own, without Ray: calls travel pickled over a socket pair, and signals reach it.
-
-Processes are forked from a server that has torch and the workers imported: one starts in a fraction of a second.
-"""
+"""A worker in a process of its own, without Ray: calls travel pickled over a socket pair, and signals reach it."""
 
 import asyncio
-import multiprocessing
 import os
 import pickle
 import signal
@@ -16,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ServeConfig
 from longctx.errors import WorkerLostError
+from tests.fork_server import start_process
 
 if TYPE_CHECKING:
     from tests.cluster.fault_points import FaultOrder
 
 _SIZE = struct.Struct("<Q")
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.cluster.small_cluster"])
 
 
 class ProcessHandle:
@@ -39,9 +34,7 @@ class ProcessHandle:
         ours, theirs = socket.socketpair()
         with theirs:
             order, self._order = self._order, None
-            arguments = (theirs, self.name, self.role, self._config, order)
-            self._process = _FORKS.Process(target=_main, args=arguments, daemon=True)
-            self._process.start()
+            self._process = start_process(_main, theirs, self.name, self.role, self._config, order)
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._reading = asyncio.create_task(self._read(reader))
 

@@ -12,25 +12,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.fork_server import FORKS, start_process
+
 START_TIMEOUT_S = 60.0
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, num_lost: int = 0, timeout_s: float = 240.0
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    num_lost: int = 0,
+    timeout_s: float = 240.0,
+    uses_gpu: bool = False,
 ) -> list[Any]:
     """What ``function(rank, world_size, folder, *arguments)`` returned on each rank; None from ``num_lost`` of them.
 
+    Ranks are forked, which is fast; those that use a GPU start anew, since CUDA does not survive a fork.
     Raises ``AssertionError`` with the traceback of a rank that raised, or if ranks do not come back.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn") if uses_gpu else FORKS
     answers: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_run, args=(function, rank, world_size, folder, answers, arguments), daemon=True)
+            start_process(_run, function, rank, world_size, folder, answers, arguments, context=context)
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
         results = _collect(answers, world_size - num_lost, timeout_s)
         for rank, process in enumerate(ranks):
             process.join(5 if rank in results else 0)

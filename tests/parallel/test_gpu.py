@@ -160,7 +160,7 @@ def attend_over_nccl(rank, world_size, _folder, plans):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 def test_two_ranks_over_nccl_equal_dense_attention():
-    assert run_ranks(attend_over_nccl, 2, list(PLANS)) == [True, True]
+    assert run_ranks(attend_over_nccl, 2, list(PLANS), uses_gpu=True) == [True, True]
 
 
 def attend_alone(rank, world_size, _folder):
@@ -182,14 +182,14 @@ def attend_alone(rank, world_size, _folder):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 def test_a_stalled_peer_is_named_and_the_group_is_made_anew(monkeypatch):
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else torch ends the process with the group
-    first, second = run_ranks(attend_alone, 2)
+    first, second = run_ranks(attend_alone, 2, uses_gpu=True)
     assert "rank 0, step 0: could not" in first and "rank 1" in first
     assert second == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_tensors_that_a_group_cannot_carry_are_refused():
-    (text,) = run_ranks(attend_over_gloo, 1)
+    (text,) = run_ranks(attend_over_gloo, 1, uses_gpu=True)
     assert text == "q on cuda is not allowed: the group carries tensors on cpu"
 
 

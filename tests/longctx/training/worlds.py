@@ -1,13 +1,11 @@
-"""Whole trainings in tests: real ranks as processes, forked from one that has loaded what they need.
+"""Whole trainings in tests: real ranks as processes (``tests/fork_server.py``).
 
-A rank then starts in a tenth of a second instead of six. What it runs is what the launchers run,
+What a rank runs is what the launchers run,
 ``longctx.training.rank.run_rank``, which they are tested with in ``test_train_launch.py``.
 """
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import random
 import time
 from multiprocessing.connection import Connection
@@ -20,11 +18,9 @@ from longctx.training.gang import is_bad, settle
 from longctx.training.launch import ADDRESS
 from longctx.training.place import BODY, RankOrder, RankOutcome, find_port, make_places
 from longctx.training.sinks.metrics_file import read_metrics
+from tests.fork_server import FORKS, start_process
 
-PRELOADED = ["tests.longctx.training.preload"]
 TIMEOUT_S = 120.0
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def write_rows(path: Path, num_rows: int = 40, *, longest: int = 100) -> Path:
@@ -102,16 +98,8 @@ def change(config: TrainConfig, group: str, **fields: Any) -> TrainConfig:
 
 
 def _start(order: RankOrder) -> tuple[Any, Connection]:
-    connection, other = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_run, args=(order, other), daemon=True)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the process that ranks are forked from, which the first of them starts
-    try:
-        process.start()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    connection, other = FORKS.Pipe(duplex=False)
+    process = start_process(_run, order, other)
     other.close()
     return process, connection
 
