@@ -4,24 +4,24 @@ Marks of xdist's ``loadgroup`` would say the same, but pytest 9.2 and xdist 3.8 
 (pytest-dev/pytest-xdist#1386): a server, and whatever else a file prepares for its tests, would be started twice.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-_ROOT = Path(__file__).parent.parent
-_SERVED = tuple(f"tests/cluster/{name}.py" for name in ("test_launch", "test_served", "test_status"))
+SERVED = tuple(f"tests/cluster/{name}.py" for name in ("test_launch", "test_served", "test_status"))
 
 
 def group_of(nodeid: str) -> str:
     """Tests of one group run on one worker, one after another."""
     file = nodeid.partition("::")[0]
-    return "served" if file in _SERVED else file
+    return "served" if file in SERVED else file
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Groups begin in the order in which they are collected."""
+    if config.getvalue("dist") not in ("loadfile", "loadgroup"):
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -33,5 +33,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first."""
-    items.sort(key=lambda item: group_of(item.nodeid) != "served")
+    """What takes longest begins first: the server's, the files of no folder, and then the folders by their names."""
+    for item in items:
+        if "served" in getattr(item, "fixturenames", ()) and group_of(item.nodeid) != "served":
+            raise pytest.UsageError(f"{item.nodeid} asks the server: its file belongs into SERVED of tests/conftest.py")
+    items.sort(key=lambda item: (group_of(item.nodeid) != "served", item.nodeid.count("/") > 1))
