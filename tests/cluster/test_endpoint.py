@@ -118,15 +118,22 @@ def test_200_requests_at_once(folder):
         alone = [client.post(COMPLETIONS, json=PROMPT | {"seed": seed, "max_tokens": 12}).json() for seed in range(5)]
         wait_until(lambda: is_idle(client))
     refused = [answer for answer in answers if answer.status_code == 429]
-    served = [(seed, answer) for seed, answer in enumerate(answers) if answer.status_code == 200]
+    late = [answer for answer in answers if answer.status_code == 200 and is_refused_late(answer)]
+    served = [(seed, answer) for seed, answer in enumerate(answers) if answer.status_code == 200 and answer not in late]
     assert refused
     assert len(served) >= 8
-    assert len(refused) + len(served) == 200
+    assert len(refused) + len(late) + len(served) == 200
     for answer in refused:
         check_error(answer, 429, code="queue_full")
         assert int(answer.headers["retry-after"]) >= 1
     for seed, answer in served:
         assert read_text(answer) == alone[seed % 5]["choices"][0]["text"]
+
+
+def is_refused_late(answer: httpx.Response) -> bool:
+    """A stream whose refusal took a busy machine more than a second: the error is its only event."""
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    return len(events) == 1 and json.loads(events[0])["error"]["code"] == "queue_full"
 
 
 def read_text(answer: httpx.Response) -> str:

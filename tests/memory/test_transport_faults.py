@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from memory.stream import Stream
+from memory.transport import KVStream
 from tests.memory.kv_pair import CONFIG, LAYOUT, NAMES, Pair, make_pair, ship
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +97,15 @@ def wait_until_received(pair: Pair, num_bytes: int) -> None:
         time.sleep(0.01)
 
 
+def wait_until_welcome(stream: KVStream) -> None:
+    """Wait until the stream's link has the receiver's nonce, of which its key is made."""
+    assert isinstance(stream, Stream)
+    deadline = time.monotonic() + 10
+    while not stream.key:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(
     ("name", "how"), [("tcp", signal.SIGKILL), ("shared_memory", signal.SIGKILL), ("shared_memory", signal.SIGSTOP)]
 )
@@ -133,13 +144,16 @@ def test_receiver_freezes_and_dies(name: str) -> None:
         process.send_signal(signal.SIGCONT)
 
         stream = pair.open(after)
+        wait_until_welcome(stream)
         assert pair.is_silent()
         freeze(process)
         ship(stream, [0, 1])
         assert "no answer within 0.5 s" in pair.answer()[2]
         process.send_signal(signal.SIGCONT)
 
-        pair.open(killed).send(0, [0, 1], [0, 1])
+        stream = pair.open(killed)
+        wait_until_welcome(stream)
+        stream.send(0, [0, 1], [0, 1])
         assert pair.is_silent()
         process.kill()
         assert re.search("closed the connection|reset", pair.answer()[2])
