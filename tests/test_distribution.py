@@ -23,8 +23,9 @@ def test_a_file_runs_on_one_worker_and_those_of_one_server_too(tmp_path):
     names = ("test_launch.py", "test_served.py", "test_status.py", "test_other.py", "test_another.py")
     for name in names:
         (folder / name).write_text(TESTS)
-    words = [sys.executable, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    words = [sys.executable, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", "-p", "xdist"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # others take seconds to load, in each of three processes
     done = subprocess.run(
         [*words, "tests"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
     )
