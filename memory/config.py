@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from parallel.option import option, parse_size
 
 TRANSPORT_NAMES = ("auto", "tcp", "shared_memory", "torch_distributed", "nixl", "object_store")
+EVICTION_NAMES = ("lru", "lfu")
 TLS_FILES = ("tls_certificate", "tls_key", "tls_ca")
 CODEC_NAMES = ("none", "zstd", "bfloat16", "int8")
 

@@ -2,8 +2,8 @@
 
 Every full page has a digest chained over the tokens before it: ``digest(i) = blake2b(digest(i - 1) + token ids of page
 i)``, with the salt at the root, so one digest names a whole prefix. A page that somebody holds and that is in the cache
-is shared; one that nobody holds any more stays *idle* and is evicted, least recently used first, when the pool runs
-out.
+is shared; one that nobody holds any more stays *idle* and is evicted when the pool runs out, in the order of a policy
+(``memory/eviction.py``).
 
 The cache sits between the pool and its users: they release pages here, never at the pool. With a ``store`` below,
 complete pages are saved there too, and come from there when the pool has them no more. Left out: sharing parts of a
@@ -11,12 +11,12 @@ page.
 """
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from memory.eviction import EVICTIONS, Eviction
 from memory.pages import PageAllocator
 from memory.prefix_store import PrefixStore
 
@@ -60,17 +60,18 @@ class PrefixCache:
     Args:
         pool: whose pages; the cache becomes its ``evict``.
         enabled: False remembers nothing, and pages become free as soon as nobody holds them.
+        eviction: which idle page goes first, a name of ``EVICTIONS``.
 
     Not thread-safe: used from the engine's thread, as the pool is.
     """
 
-    def __init__(self, pool: PageAllocator, *, enabled: bool = True) -> None:
+    def __init__(self, pool: PageAllocator, *, enabled: bool = True, eviction: str = "lru") -> None:
         self.pool = pool
         self.enabled = enabled
         self.store: PrefixStore | None = None
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._idle: Eviction = EVICTIONS.get(eviction)()
         pool.evict = self.evict
 
     @property
@@ -102,7 +103,7 @@ class PrefixCache:
             page = self._page_of.get(digest)
             if page is None:
                 break
-            self._idle.pop(page, None)
+            self._idle.take(page)
             pages.append(page)
         self.pool.retain(pages)
         return pages
@@ -115,6 +116,7 @@ class PrefixCache:
             if digest not in self._page_of and page not in self._digest_of:
                 self._page_of[digest] = page
                 self._digest_of[page] = digest
+                self._idle.begin(page)
         if self.store is not None:
             self.store.save(digests, pages)
 
@@ -126,11 +128,11 @@ class PrefixCache:
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one hold on each of a sequence's pages (in sequence order)."""
-        # Last page first: it becomes the least recently used, so a prefix loses its tail before its head.
+        # Last page first, so that it goes first, as eviction policies expect.
         unknown = []
         for page in self.pool.release(list(reversed(pages))):
             if page in self._digest_of:
-                self._idle[page] = None
+                self._idle.add(page)
             else:
                 unknown.append(page)
         self.pool.reclaim(unknown)
@@ -138,7 +140,7 @@ class PrefixCache:
     def evict(self, num_pages: int) -> int:
         """Forget up to ``num_pages`` idle pages and make them free; returns how many."""
         count = min(num_pages, len(self._idle))
-        evicted = [self._idle.popitem(last=False)[0] for _ in range(count)]
+        evicted = [self._idle.pop() for _ in range(count)]
         for page in evicted:
             del self._page_of[self._digest_of.pop(page)]
         self.pool.reclaim(evicted)

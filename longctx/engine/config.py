@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from memory.config import EVICTION_NAMES
 from parallel.option import option, parse_budget, parse_size
 
 KV_SHARES = {"cpu": 0.3, "cuda": 0.8}  # kv_bytes=auto: of what is available (workers share it), or free after weights
@@ -23,6 +24,12 @@ class EngineConfig:
     max_sequences: int = option(128, "sequences decoded together at most", minimum=1)
     max_waiting: int = option(512, "requests that may wait before new ones are refused", minimum=1)
     prefix_cache: bool = option(True, "share the pages of equal prompt prefixes")
+    prefix_eviction: str = option(
+        "lru",
+        "which page of a prefix that nobody holds goes first; lru: the least recently used; lfu: the least often used, "
+        "with ageing, so that a common system prompt outlives documents that come once",
+        choices=EVICTION_NAMES,
+    )
     prefix_folder: str | None = option(
         None, "folder that keeps pages of prefixes, for the next start and for every worker that sees it; null: none"
     )

@@ -59,7 +59,7 @@ class Engine:
         make_method: Callable[..., EngineMethod] = DenseMethod,
     ) -> None:
         self.decoder, self.pool, self.tokenizer, self.config = (decoder, pool, tokenizer, config)
-        self.cache = PrefixCache(pool, enabled=config.prefix_cache)
+        self.cache = PrefixCache(pool, enabled=config.prefix_cache, eviction=config.prefix_eviction)
         self._method = make_method(decoder, self.cache, config=config, max_context=max_context)
         self._rows, self._scheduler, self._runner = self._method.rows, self._method.scheduler, self._method.runner
         self._model_context, self.max_context = max_context, self._method.max_context

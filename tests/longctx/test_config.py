@@ -134,10 +134,12 @@ def test_mistakes_are_named(override, words):
 def test_names_equal_the_registries():
     from longctx.attention.registry import ATTENTION
     from longctx.models.config import ATTENTION_NAMES
-    from memory.config import TRANSPORT_NAMES
+    from memory.config import EVICTION_NAMES, TRANSPORT_NAMES
+    from memory.eviction import EVICTIONS
     from memory.transport import TRANSPORTS
 
     assert sorted(ATTENTION_NAMES) == sorted(["auto", *ATTENTION])
+    assert sorted(EVICTION_NAMES) == sorted(EVICTIONS)
     assert sorted(TRANSPORT_NAMES) == sorted(["auto", *TRANSPORTS])
 
 

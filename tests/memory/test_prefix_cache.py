@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from memory.eviction import EVICTIONS
 from memory.layout import KVLayout
 from memory.pages import PagePool
 from memory.prefix_cache import DigestChain, PrefixCache
@@ -37,6 +38,38 @@ def test_digests_name_the_whole_prefix():
     assert digests_of(range(14)) == base  # an incomplete page has none
     assert digests_of([99, *range(1, 12)])[2] != base[2]  # a later page knows the earlier tokens
     assert digests_of(range(12), "tenant")[0] != base[0]
+
+
+def test_what_is_used_often_outlives_what_comes_once():
+    """Pool of 16 pages: bursts of requests with one prefix of 4, between them more documents than the pool holds."""
+    found = {}
+    for eviction in EVICTIONS:
+        cache, found[eviction] = make_cache(eviction=eviction), 0
+        common = digests_of(range(16))
+        for turn in range(30):
+            if turn % 4 == 0:
+                held = cache.match(common)
+                found[eviction] += len(held)
+                new = cache.pool.allocate(4 - len(held))
+                cache.insert(common[len(held) :], new)
+                cache.release([*held, *new])
+                for _ in range(6):
+                    cache.release(cache.match(common))
+            store(cache, range(1000 * turn + 100, 1000 * turn + 120))
+    assert found == {"lru": 0, "lfu": 4 * 7}
+
+
+def test_what_was_popular_goes_in_the_end():
+    cache = make_cache(num_pages=4, eviction="lfu")
+    store(cache, range(8))
+    for _ in range(5):
+        cache.release(cache.match(digests_of(range(8))))
+    for turn in range(1, 40):
+        store(cache, range(1000 * turn, 1000 * turn + 8))
+        if not cache.count(digests_of(range(8))):
+            assert turn >= 5
+            return
+    pytest.fail("it stays for ever")
 
 
 @pytest.mark.parametrize("split", [1, 4, 5, 8, 11])
@@ -105,10 +138,11 @@ def test_clear_forgets_but_leaves_held_pages_alone():
     assert cache.pool.num_free == 16
 
 
+@pytest.mark.parametrize("eviction", list(EVICTIONS))
 @pytest.mark.parametrize("seed", range(5))
-def test_random_use_never_gives_pages_of_other_tokens(seed):
+def test_random_use_never_gives_pages_of_other_tokens(seed, eviction):
     """Every page carries the prefix it was filled for; whatever match returns must carry the prefix asked for."""
-    rng, cache = random.Random(seed), make_cache(num_pages=12)
+    rng, cache = random.Random(seed), make_cache(num_pages=12, eviction=eviction)
     content, held = {}, []
     for _ in range(1500):
         if held and rng.random() < 0.45:
