@@ -24,6 +24,7 @@ from memory.frames import MAX_CONTROL_BYTES, Buffer, Header, checksum
 from memory.layout import KVLayout
 from memory.leases import LeaseError, Session
 from memory.link import Payloads
+from memory.messages import LeaseGrant
 from memory.pages import PagePool
 from memory.peer import Peer
 from memory.receiver import StreamReceiver
@@ -45,12 +46,12 @@ class ObjectPayloads(Payloads):
         return {"layout": self._layout.digest()}
 
     def data(
-        self, lease_id: int, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+        self, grant: LeaseGrant, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
     ) -> tuple[Sequence[Buffer], int]:
         buffers = self._blocks.gather(layer_idx, pages, ready)
         blocks = concatenate(buffers)
         reference = ray.put(blocks)
-        self._objects.setdefault(lease_id, []).append(reference)
+        self._objects.setdefault(grant.lease_id, []).append(reference)
         owner = _core().get_owner_address(reference)
         name = {"object": reference.hex(), "owner": owner.hex(), "checksum": checksum([blocks.data])}
         payload = json.dumps(name).encode()

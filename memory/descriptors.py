@@ -14,6 +14,7 @@ import torch
 from memory.frames import Buffer, Header, checksum
 from memory.leases import Lease, LeaseError
 from memory.link import Payloads
+from memory.messages import LeaseGrant
 from memory.pages import PagePool
 from memory.peer import Peer
 from memory.tensor_blocks import digest_pages
@@ -32,7 +33,7 @@ class DescriptorPayloads(Payloads):
         return {"layout": self._pool.layout.digest(), "num_pages": self._pool.num_pages}
 
     def data(
-        self, lease_id: int, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+        self, grant: LeaseGrant, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
     ) -> tuple[Sequence[Buffer], int]:
         payload = CHECKSUM.pack(self._digest(layer_idx, pages, ready)) + np.asarray(pages, dtype="<u4").tobytes()
         return [payload], checksum([payload])

@@ -182,7 +182,7 @@ class LeaseTable:
                 pages=tuple(pages),
                 page_idxs=tuple(page_idxs),
                 num_tokens=num_tokens,
-                layout_digest=self._pool.layout.digest(),
+                layout=self._pool.layout,
                 ttl_s=self._ttl_s,
                 key=secrets.token_bytes(_KEY_BYTES),
                 num_senders=num_senders,

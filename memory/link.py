@@ -34,6 +34,7 @@ from memory.frames import (
     is_signed,
     session_key,
 )
+from memory.messages import LeaseGrant
 from memory.stream import MAX_REASON_BYTES, Order, Stream
 from memory.tls import TlsSocket
 
@@ -53,9 +54,11 @@ class Payloads(ABC):
 
     @abstractmethod
     def data(
-        self, lease_id: int, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+        self, grant: LeaseGrant, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
     ) -> tuple[Sequence[Buffer], int]:
         """Buffers of one layer of ``pages``, valid until the next call, and the checksum of their concatenation.
+
+        What the receiver gets has ``grant.layout``.
 
         Raises ``ValueError`` if the pages hold what cannot be sent: the stream fails, others go on.
         """
@@ -217,7 +220,8 @@ class Link(threading.Thread):
         stream.answer_by = now + self._config.send_timeout_s
         self._streams[stream.grant.lease_id] = stream
         self._next_ping = min(self._next_ping, now + self._ping_interval(stream))
-        self._send_control(stream, Kind.HELLO, json.dumps(self._payloads.hello()).encode())
+        details = self._payloads.hello() | {"layout": stream.grant.layout.digest()}
+        self._send_control(stream, Kind.HELLO, json.dumps(details).encode())
 
     def _send_pages(self, order: Order) -> None:
         grant = order.stream.grant
@@ -228,7 +232,7 @@ class Link(threading.Thread):
                 return
             pages = order.pages[start : start + self._pages_per_frame]
             try:
-                buffers, checksum = self._payloads.data(grant.lease_id, order.layer_idx, pages, order.ready)
+                buffers, checksum = self._payloads.data(grant, order.layer_idx, pages, order.ready)
             except ValueError as error:
                 self._give_up(order.stream, str(error))
                 return

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from memory.layout import KVLayout
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseGrant:
@@ -19,7 +21,7 @@ class LeaseGrant:
     pages: tuple[int, ...]  # the receiver's page ids, in sequence order, of the pages to be shipped
     page_idxs: tuple[int, ...]  # index in the sequence of each of pages, rising; others are there, or elsewhere
     num_tokens: int  # tokens of the sequence that will hold valid KV after commit
-    layout_digest: str  # KVLayout.digest() of the receiver's pool
+    layout: KVLayout  # of the receiver's pool
     ttl_s: float  # seconds without a valid frame of one of the senders after which the receiver frees the pages
     key: bytes = field(repr=False)  # HMAC key of this lease
     num_senders: int = 1  # connections that fill the lease together

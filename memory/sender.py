@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 from memory.config import TransportConfig
+from memory.convert import can_convert
 from memory.frames import MAX_FRAME_PAGES, Kind
 from memory.link import Link, Payloads
 from memory.messages import LeaseGrant
@@ -22,6 +23,7 @@ class StreamSender(KVSender):
     """See ``KVSender``."""
 
     name: str
+    converts = False  # whether it can send to pools of another element type
     _tls: ssl.SSLContext | None = None  # what connections are secured with
 
     def __init__(self, pool: PagePool, config: TransportConfig) -> None:
@@ -41,10 +43,11 @@ class StreamSender(KVSender):
     def open(self, grant: LeaseGrant, *, on_acked: Callable[[], None], on_failed: Callable[[str], None]) -> KVStream:
         if grant.transport != self.name:
             raise ValueError(f"the grant is for transport {grant.transport!r}, this sender's is {self.name!r}")
-        if grant.layout_digest != self._pool.layout.digest():
+        if grant.layout != self._pool.layout and not (self.converts and can_convert(self._pool.layout, grant.layout)):
+            other = "" if self.converts else f" (transport {self.name} cannot change the KV dtype, tcp can)"
             raise ValueError(
-                f"the receiver's KV layout is {grant.layout_digest}, this worker's {self._pool.layout.digest()}: "
-                "prefill and decode workers must have the same model, KV dtype, page size and attention"
+                f"the receiver's KV layout is {grant.layout}, this worker's {self._pool.layout}: prefill and decode "
+                f"workers must have the same model, page size and attention{other}"
             )
         stream = Stream(grant, self._pool, on_acked=on_acked, on_failed=on_failed)
         with self._lock:

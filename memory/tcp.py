@@ -12,10 +12,12 @@ import torch
 
 from memory.codecs import Codec, CodecError, concatenate, make_codec
 from memory.config import TransportConfig
+from memory.convert import convert
 from memory.frames import Buffer, Cursor, Header, checksum
 from memory.layout import KVLayout
 from memory.leases import Lease, LeaseError, Session
 from memory.link import Payloads
+from memory.messages import LeaseGrant
 from memory.pages import PagePool
 from memory.peer import FillingPeer
 from memory.receiver import StreamReceiver
@@ -86,43 +88,52 @@ class TcpReceiver(StreamReceiver):
         on_commit: Callable[[str, bytes], None],
         on_failed: Callable[[str, str], None],
     ) -> None:
+        make_codec(config.codec, pool.layout)  # its own refusal, before anything is sent
         self._tls = make_context(config, server_side=True)
         host = config.host or node_address()
         super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=host)
 
 
 class BlockPayloads(Payloads):
-    """Frames that carry the blocks, as they are or as a codec makes them."""
+    """Frames that carry the blocks: as they are, in the receiver's layout, as a codec makes them."""
 
-    def __init__(self, pool: PagePool, codec: Codec | None) -> None:
+    def __init__(self, pool: PagePool, codec: str) -> None:
         self._layout = pool.layout
         self._blocks = make_blocks(pool)
-        self._codec = codec
+        self._codec_name = codec
+        self._codec: Codec | None = None  # for the layout that was sent last
 
     def hello(self) -> dict[str, Any]:
-        return {"layout": self._layout.digest(), "codec": self._codec.name if self._codec else "none"}
+        return {"layout": self._layout.digest(), "codec": self._codec_name}
 
     def data(
-        self, lease_id: int, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+        self, grant: LeaseGrant, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
     ) -> tuple[Sequence[Buffer], int]:
         buffers: Sequence[Buffer] = self._blocks.gather(layer_idx, pages, ready)
-        if self._codec:
-            buffers = [self._codec.encode(concatenate(buffers))]
+        if grant.layout != self._layout:
+            buffers = [convert(concatenate(buffers), self._layout, grant.layout).data]
+        if codec := self._codec_for(grant.layout):
+            buffers = [codec.encode(concatenate(buffers))]
         return buffers, checksum(buffers)
+
+    def _codec_for(self, layout: KVLayout) -> Codec | None:
+        if self._codec is None or self._codec.layout != layout:
+            self._codec = make_codec(self._codec_name, layout)
+        return self._codec
 
 
 class TcpSender(StreamSender):
     """Sends blocks straight out of the pages, or what ``config.codec`` makes of them."""
 
     name = "tcp"
+    converts = True
 
     def __init__(self, pool: PagePool, config: TransportConfig) -> None:
-        self._codec = make_codec(config.codec, pool.layout)
         self._tls = make_context(config, server_side=False)
         super().__init__(pool, config)
 
     def _make_payloads(self) -> Payloads:
-        return BlockPayloads(self._pool, self._codec)
+        return BlockPayloads(self._pool, self._config.codec)
 
 
 class TcpTransport(Transport):

@@ -29,6 +29,7 @@ from memory.frames import Buffer, Header, Kind, checksum
 from memory.layout import KVLayout
 from memory.leases import Lease, LeaseError, LeaseTable, Session
 from memory.link import Payloads
+from memory.messages import LeaseGrant
 from memory.pages import PagePool
 from memory.peer import Peer
 from memory.receiver import StreamReceiver
@@ -146,7 +147,7 @@ class GroupPayloads(Payloads):
         }
 
     def data(
-        self, lease_id: int, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+        self, grant: LeaseGrant, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
     ) -> tuple[Sequence[Buffer], int]:
         self._message = self._blocks.gather(layer_idx, pages, ready)
         payload = _CHECKSUM.pack(digest(self._message))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ class RawSender:
     def __init__(self, pair: Pair, sender_idx: int = 0) -> None:
         host, _, port = pair.receiver.address.rpartition(":")
         self.payloads: Payloads = pair.senders[sender_idx]._make_payloads()
+        self._grant: Any = SimpleNamespace(lease_id=0, layout=pair.sources[sender_idx].layout)
         self._channel = FrameSocket(socket.create_connection((host, int(port)), timeout=WAIT_S))
         kind, self.nonce = self.answer()
         assert kind == Kind.WELCOME
@@ -164,7 +166,7 @@ class RawSender:
 
     def data(self, layer_idx: int, first_slot: int, pages: Sequence[int]) -> tuple[bytes, dict[str, int]]:
         """Payload and header fields of a right DATA frame."""
-        buffers, digest = self.payloads.data(0, layer_idx, pages, None)
+        buffers, digest = self.payloads.data(self._grant, layer_idx, pages, None)
         fields = {"layer_idx": layer_idx, "first_slot": first_slot, "num_pages": len(pages), "checksum": digest}
         return b"".join(bytes(buffer) for buffer in buffers), fields
 

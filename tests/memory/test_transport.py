@@ -271,7 +271,7 @@ def test_wrong_use() -> None:
     with make_pair("tcp") as pair:
         grant = pair.grant([0, 1], first_page_idx=2)
         with pytest.raises(ValueError, match="layout"):
-            pair.open(replace(grant, layout_digest="0" * 16))
+            pair.open(replace(grant, layout=replace(LAYOUT, num_layers=4)))
         with pytest.raises(ValueError, match="transport"):
             pair.open(replace(grant, transport="shared_memory"))
         with pytest.raises(ValueError, match="already holds"):

@@ -110,15 +110,15 @@ def test_frame_without_hello(name: str) -> None:
 
 @pytest.mark.parametrize("name", FRAMED)
 def test_wrong_layout(name: str) -> None:
-    """``open`` compares digests; a sender that lies about the grant's is found by HELLO."""
-    other = KVLayout(3, 2, 16, 16, "float32", "nhd")
+    """``open`` compares layouts; a sender that lies about the grant's is found by HELLO."""
+    other = KVLayout(3, 2, 32, 8, "float32", "hnd")
     with make_pair(name) as pair:
         sender = TRANSPORTS.get(name).make_sender(TRANSPORTS.get(name).allocate(other, 4), CONFIG)
         grant = pair.grant([0])
         with pytest.raises(ValueError, match="layout"):
             sender.open(grant, on_acked=print, on_failed=print)
         stream = sender.open(
-            replace(grant, layout_digest=other.digest()),
+            replace(grant, layout=other),
             on_acked=print,
             on_failed=lambda reason: pair.answers.put(("failed", reason)),
         )
@@ -217,8 +217,8 @@ def test_page_reused_before_it_was_shipped(name: str, monkeypatch: pytest.Monkey
             payloads = make_payloads()
             data = payloads.data
 
-            def reuse(lease_id: int, layer_idx: int, pages: Any, ready: Any) -> Any:
-                frame = data(lease_id, layer_idx, pages, ready)
+            def reuse(grant: Any, layer_idx: int, pages: Any, ready: Any) -> Any:
+                frame = data(grant, layer_idx, pages, ready)
                 pair.source.storage[layer_idx, pages[0], 17] += 1
                 return frame
 
