@@ -24,10 +24,11 @@ import torch
 
 from memory.config import TransportConfig
 from memory.descriptors import DescriptorPayloads, DescriptorPeer
-from memory.frames import Header
+from memory.frames import Buffer, Header
 from memory.layout import KVLayout
 from memory.leases import Lease, LeaseError, LeaseTable, Session
 from memory.link import Payloads
+from memory.messages import LeaseGrant
 from memory.pages import PagePool
 from memory.peer import Peer
 from memory.receiver import StreamReceiver
@@ -39,6 +40,8 @@ from memory.transport import KVReceiver, KVSender, Transport
 logger = logging.getLogger(__name__)
 
 _POLL_S = 5e-5
+_BUSY_S = 0.05  # since the last frame: then reads are few
+_QUIET_S = 1e-3
 _abandoned: list[torch.Tensor] = []  # buffers that a read may still write to
 
 
@@ -56,7 +59,8 @@ class Agent:
         logging.getLogger("nixl").setLevel(logging.WARNING)
         self._lock = threading.Lock()
         self._met: Counter[str] = Counter()  # connections by the agent that they lead to
-        self._agent: Any = nixl_agent(f"longctx-{secrets.token_hex(8)}", nixl_agent_config(backends=["UCX"]))
+        config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])  # NIXL's thread never sleeps
+        self._agent: Any = nixl_agent(f"longctx-{secrets.token_hex(8)}", config)
         if "UCX" not in self._agent.backends:
             raise RuntimeError("transport.name=nixl needs NIXL's UCX backend, which this installation lacks")
 
@@ -112,6 +116,11 @@ class Agent:
             self._agent.transfer(handle)
         return handle
 
+    def progress(self) -> None:
+        """Serve what others read here, as far as it has come."""
+        with self._lock:
+            self._agent.get_new_notifs()
+
     def state(self, handle: Any) -> str:
         """``PROC``, ``DONE`` or ``ERR``."""
         with self._lock:
@@ -123,12 +132,53 @@ class Agent:
             handle.release()
 
 
+class Progress(threading.Thread):
+    """Lets UCX serve reads of a sender's pool while there are some to be expected; without RDMA nobody else does.
+
+    Args:
+        agent: the sender's.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__(name="nixl-progress", daemon=True)
+        self._agent = agent
+        self._reasons: set[object] = set()
+        self._asked = 0.0  # time.monotonic() of the last ``begin``
+        self._wake = threading.Event()
+        self._closing = False
+
+    def begin(self, reason: object) -> None:
+        """Reads are to be expected until ``end``; any thread."""
+        self._reasons.add(reason)
+        self._asked = time.monotonic()
+        self._wake.set()
+
+    def end(self, reason: object) -> None:
+        """None for this reason."""
+        self._reasons.discard(reason)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing = True
+        self._wake.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            self._wake.clear()
+            while self._reasons and not self._closing:
+                self._agent.progress()
+                time.sleep(_POLL_S if time.monotonic() - self._asked < _BUSY_S else _QUIET_S)
+
+
 class NixlPayloads(DescriptorPayloads):
     """Frames that say which pages of the registered pool to read."""
 
-    def __init__(self, pool: PagePool, introduction: bytes) -> None:
+    def __init__(self, pool: PagePool, introduction: bytes, progress: Progress) -> None:
         super().__init__(pool)
-        self._introduction = introduction
+        self._introduction, self._progress = introduction, progress
+        self._leases: set[int] = set()
 
     def hello(self) -> dict[str, Any]:
         storage = self._pool.storage
@@ -137,6 +187,21 @@ class NixlPayloads(DescriptorPayloads):
             "address": storage.data_ptr(),
             "device": [storage.device.type, storage.device.index or 0],
         }
+
+    def data(
+        self, grant: LeaseGrant, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None
+    ) -> tuple[Sequence[Buffer], int]:
+        self._leases.add(grant.lease_id)
+        self._progress.begin((self, grant.lease_id))
+        return super().data(grant, layer_idx, pages, ready)
+
+    def forget(self, lease_id: int) -> None:
+        self._leases.discard(lease_id)
+        self._progress.end((self, lease_id))
+
+    def close(self) -> None:
+        for lease_id in list(self._leases):
+            self.forget(lease_id)
 
 
 class NixlPeer(DescriptorPeer):
@@ -256,13 +321,16 @@ class NixlSender(StreamSender):
         self._agent = Agent()
         self._registered = self._agent.register(pool.storage.view(-1))
         self._introduction = self._agent.introduce()
+        self._progress = Progress(self._agent)
+        self._progress.start()
 
     def _make_payloads(self) -> Payloads:
-        return NixlPayloads(self._pool, self._introduction)
+        return NixlPayloads(self._pool, self._introduction, self._progress)
 
     def close(self) -> None:
         super().close()
         if self._registered is not None:
+            self._progress.close()
             self._agent.unregister(self._registered)
             self._registered = None
 

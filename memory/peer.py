@@ -80,6 +80,7 @@ class Peer(threading.Thread, ABC):
         self._config = config
         self._blocks = make_blocks(pool)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._answer_due = float("inf")  # when a sender that goes on sending must hear something
         self._opened: dict[int, Session] = {}  # of leases that said HELLO here, by lease id; the thread's own
         self._ended: deque[tuple[Session, str | None]] = deque()  # of them those whose lease has ended, and why
         self._lock = threading.Lock()  # guards _is_over and the waker's life
@@ -207,6 +208,8 @@ class Peer(threading.Thread, ABC):
         """Serve an authentic frame; raises ``LeaseError`` if the lease must fail."""
         if header.kind == Kind.DATA:
             self._take_blocks(session, header, deadline)
+            if time.monotonic() >= self._answer_due:  # many frames may wait here before the sender's next PING
+                self._answer(Kind.PONG, header, key=session.key, deadline=deadline)
             return
         payload = bytes(self._channel.receive(header.payload_bytes, deadline))
         if checksum([payload]) != header.checksum:
@@ -280,6 +283,7 @@ class Peer(threading.Thread, ABC):
 
     def _answer(self, kind: Kind, header: Header, reason: str = "", *, key: bytes = b"", deadline: float) -> None:
         """Answer a frame. A NACK needs no signature: who can forge one can as well cut the connection."""
+        self._answer_due = time.monotonic() + self._config.send_timeout_s / 4
         payload = reason[:_MAX_REASON].encode()
         self._channel.send(control(kind, header.lease_id, header.epoch, payload, key=key), deadline)
 
