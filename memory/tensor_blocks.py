@@ -21,6 +21,7 @@ class TensorBlocks:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._device = pool.storage.device
+        self._host = None if pool.storage.is_cuda else HostBlocks(pool)  # torch's threads would get in the engine's way
         self._stream = torch.cuda.Stream(self._device) if pool.storage.is_cuda else None
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
 
@@ -34,27 +35,34 @@ class TensorBlocks:
     def gather(self, layer_idx: int, pages: Sequence[int], ready: torch.cuda.Event | None) -> torch.Tensor:
         """One layer of ``pages`` in the buffer, once ``ready`` (the layer's computation) has happened."""
         buffer = self.buffer(len(pages))
-        self._pool.note_use(len(buffer))
+        if self._host is not None:
+            rest = buffer.numpy().data
+            for piece in self._host.gather(layer_idx, pages):
+                rest[: len(piece)] = piece
+                rest = rest[len(piece) :]
+            return buffer
+        assert self._stream is not None
         with torch.cuda.stream(self._stream):
-            if ready is not None and self._stream is not None:
+            if ready is not None:
                 self._stream.wait_event(ready)
             rows = torch.as_tensor(pages, dtype=torch.long, device=self._device)
             torch.index_select(self._pool.storage[layer_idx], 0, rows, out=buffer.view(len(pages), -1))
-        self.synchronize()
+        self._stream.synchronize()
         return buffer
 
     def scatter(self, layer_idx: int, pages: Sequence[int], blocks: torch.Tensor) -> None:
         """Write ``blocks`` to the pages; they hold it when this returns."""
-        self._pool.note_use(len(blocks))
+        if self._host is not None:
+            rest = blocks.numpy().data
+            for target in self._host.targets(layer_idx, pages):
+                target[:] = rest[: len(target)]
+                rest = rest[len(target) :]
+            return
+        assert self._stream is not None
         with torch.cuda.stream(self._stream):
             rows = torch.as_tensor(pages, dtype=torch.long, device=self._device)
             self._pool.storage[layer_idx].index_copy_(0, rows, blocks.view(len(pages), -1))
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        """Until what was asked for here has happened."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        self._stream.synchronize()
 
 
 def digest(blocks: torch.Tensor) -> int:
