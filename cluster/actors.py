@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
 from cluster.rank_worker import RankWorker
 from cluster.ray_handle import RayHandle, find_worker, list_actors
+from cluster.resources import Needs
 from cluster.serving_worker import ServingWorker
 from longctx.errors import LongctxError
 from longctx.terminal_log import log_to_terminal
@@ -67,32 +73,47 @@ def create_worker(
     role: str,
     config: ServeConfig,
     *,
-    num_cpus: float,
-    num_gpus: float,
+    needs: Needs,
     env_vars: dict[str, str],
     outlives_us: bool = False,
+    waits: bool = True,
 ) -> ActorGroup:
-    """Create the actors of worker ``name``, each with so many CPUs and GPUs; they load nothing before its ``start``.
+    """Create the actors of worker ``name``; they load nothing before its ``start``.
 
-    They end with this process unless they are to outlive it.
+    Args:
+        name, role, config: see ``Worker``.
+        needs: of each of its processes.
+        env_vars: of these.
+        outlives_us: they do not end with this process.
+        waits: for room for its ranks; else they stay a demand of the cluster, as a worker of one rank does in any case.
 
-    Raises ``ValueError`` if the name is taken, ``LongctxError`` if the cluster has no room for its ranks.
+    Raises:
+        ValueError: if the name is taken.
+        LongctxError: if the cluster has no room for its ranks.
     """
-    degree = config.cluster.group_of(role).sp_degree
+    own = config.cluster.group_of(role)
+    degree = own.sp_degree
     options: dict[str, Any] = {
         "namespace": config.ray.namespace,
-        "num_cpus": num_cpus,
-        "num_gpus": num_gpus,
+        "num_cpus": needs.num_cpus,
+        "num_gpus": needs.num_gpus,
+        "resources": needs.resources,
         "max_concurrency": MAX_CALLS,
         "max_restarts": MAX_RESTARTS,
         "max_task_retries": 0,
-        "scheduling_strategy": "SPREAD",
+        "scheduling_strategy": "SPREAD" if config.cluster.worker_strategy == "SPREAD" else "DEFAULT",
     }
+    if needs.labels and degree == 1:  # those of several are in a placement group, which has them
+        options["label_selector"] = needs.labels
     if outlives_us:
         options["lifetime"] = "detached"
     if env_vars:
         options["runtime_env"] = {"env_vars": env_vars}
-    placement = _place(degree, num_cpus, num_gpus, outlives_us) if degree > 1 else None
+    placement = None
+    if degree > 1:
+        placement = _place(_placement_name(name, config.ray.namespace), degree, needs, own.rank_strategy, outlives_us)
+        if waits:
+            _await_place(placement, degree, needs)
 
     def place(rank: int) -> dict[str, Any]:
         if placement is None:
@@ -107,7 +128,7 @@ def create_worker(
             actor = ray.remote(RankActor).options(name=rank_name, **place(rank)).remote(rank_name, role, config)
             ranks.append(RayHandle(rank_name, role, actor))
         actor = ray.remote(WorkerActor).options(name=name, **place(0)).remote(name, role, config)
-    except ValueError:
+    except BaseException:
         for handle in ranks:
             ray.kill(handle.actor, no_restart=True)
         if placement is not None:
@@ -116,19 +137,31 @@ def create_worker(
     return ActorGroup(RayHandle(name, role, actor), tuple(ranks), placement)
 
 
-def _place(num_ranks: int, num_cpus: float, num_gpus: float, outlives_us: bool) -> PlacementGroup:
-    """Room for the ranks of one worker, as near to each other as there is."""
-    bundle = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
-    placement = placement_group([bundle] * num_ranks, strategy="PACK", lifetime="detached" if outlives_us else None)
-    if not placement.wait(PLACE_TIMEOUT_S):
-        remove_placement_group(placement)
-        free = ray.available_resources()
-        raise LongctxError(
-            f"a worker of {num_ranks} ranks (sp_degree) with {num_cpus:g} CPUs and {num_gpus:g} GPUs each "
-            "(cluster.worker_cpus, cluster.worker_gpus) has no room in the Ray cluster, which has "
-            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
-        )
-    return placement
+def _place(name: str, num_ranks: int, needs: Needs, strategy: str, outlives_us: bool) -> PlacementGroup:
+    """Room for the ranks of one worker, once there is."""
+    return placement_group(
+        [needs.bundle] * num_ranks,
+        strategy=strategy,
+        name=name,
+        lifetime="detached" if outlives_us else None,
+        bundle_label_selector=[needs.labels] * num_ranks if needs.labels else None,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _await_place(placement: PlacementGroup, num_ranks: int, needs: Needs) -> None:
+    if placement.wait(PLACE_TIMEOUT_S):
+        return
+    remove_placement_group(placement)
+    free = ray.available_resources()
+    raise LongctxError(
+        f"a worker of {num_ranks} ranks (sp_degree) with {needs} each (cluster.worker_cpus, cluster.worker_gpus, and "
+        "resources of its role) has no room in the Ray cluster, which has "
+        f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
+    )
+
+
+def _placement_name(name: str, namespace: str) -> str:
+    return f"{namespace}/{name}"
 
 
 def kill_worker(handle: RayHandle, namespace: str) -> None:
@@ -139,6 +172,8 @@ def kill_worker(handle: RayHandle, namespace: str) -> None:
                 ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
     with suppress(Exception):
         ray.kill(handle.actor, no_restart=True)
+    with suppress(ValueError):  # it has one rank
+        remove_placement_group(get_placement_group(_placement_name(handle.name, namespace)))
 
 
 def _find_ranks(name: str, role: str, config: ServeConfig) -> list[RayHandle]:

@@ -1,9 +1,11 @@
 """What the ``cluster``, ``server`` and ``ray`` groups of the configuration hold. Neither ray nor torch here."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from cluster.autoscale.config import AutoscaleConfig
 from cluster.policies import POLICIES
+from cluster.role_config import DecodeConfig, PrefillConfig
 from longctx.attention.config import AttentionConfig
 from longctx.engine.config import EngineConfig
 from longctx.machine import MachineConfig
@@ -11,39 +13,8 @@ from longctx.models.config import ModelConfig
 from memory.config import TransportConfig
 from parallel.links import LinkModel
 from parallel.option import option, parse_size
-from parallel.plans import PLANS
 
-PLAN_NAMES = ("auto", *PLANS)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillConfig:
-    """Each prefill worker."""
-
-    sp_degree: int = option(1, "ranks of each prefill worker, which share every prompt's tokens", minimum=1)
-    plan: str = option("auto", "how ranks exchange keys or queries of prompts", choices=PLAN_NAMES)
-    worker_gpus: float | None = option(
-        None,
-        "GPUs that Ray gives each of their processes; null: cluster.worker_gpus",
-        minimum=0,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """Each decode worker."""
-
-    sp_degree: int = option(
-        1, "ranks of each decode worker, which share every context's KV: it holds as many times more", minimum=1
-    )
-    plan: str = option(
-        "auto", "how ranks exchange keys or queries of prompts that are computed there", choices=PLAN_NAMES
-    )
-    worker_gpus: float | None = option(
-        None,
-        "GPUs that Ray gives each of their processes; null: cluster.worker_gpus",
-        minimum=0,
-    )
+ROLES = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +25,13 @@ class ClusterConfig:
     num_decode_workers: int = option(1, "actors that generate", minimum=1)
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
+    worker_strategy: str = option(
+        "SPREAD",
+        "how Ray places workers: SPREAD over the nodes, so that the loss of one costs least; PACK: as Ray likes, which "
+        "leaves nodes idle that its autoscaler can take away",
+        choices=("SPREAD", "PACK"),
+    )
     links_file: str | None = option(
         None, "what longctx plan links measured, for plan=auto where a worker has ranks; null: a fast switch"
     )
@@ -88,7 +66,22 @@ class ClusterConfig:
     @property
     def num_processes(self) -> int:
         """Processes that compute: every rank of every worker."""
-        return self.num_prefill_workers * self.prefill.sp_degree + self.num_decode_workers * self.decode.sp_degree
+        return sum(self.count_workers(role) * self.group_of(role).sp_degree for role in ROLES)
+
+    @property
+    def max_processes(self) -> int:
+        """The same once every pool has grown as far as it may."""
+        return sum(self.max_workers(role) * self.group_of(role).sp_degree for role in ROLES)
+
+    def count_workers(self, role: str) -> int:
+        """Workers of one role at the start."""
+        return self.num_prefill_workers if role == "prefill" else self.num_decode_workers
+
+    def max_workers(self, role: str) -> int:
+        """Workers of one role at most."""
+        num_workers = self.count_workers(role)
+        scales = self.autoscale.enabled and num_workers > 0
+        return max(num_workers, self.autoscale.pool_of(role).max_workers) if scales else num_workers
 
     def group_of(self, role: str) -> PrefillConfig | DecodeConfig:
         """The configuration of the workers of one role."""
@@ -167,6 +160,12 @@ class ServeConfig:
         """Differs between deployments whose workers cannot stand in for each other."""
         parts = (self.model, self.engine, self.attention, self.transport, self.cluster)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def engine_of(self, role: str) -> EngineConfig:
+        """The engine of the workers of one role: what the role leaves out is everybody's."""
+        own = self.cluster.group_of(role)
+        names = ("kv_bytes", "max_batch_tokens", "max_sequences")
+        return replace(self.engine, **{name: getattr(own, name) for name in names if getattr(own, name) is not None})
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.config import ServeConfig, ServerConfig
+from cluster.autoscale.check import check_nodes, check_scaling
+from cluster.config import ROLES, ServeConfig, ServerConfig
 from cluster.key_ring import load_keys
 from cluster.port import check_port
 from cluster.serving import ServedModel, describe_model
@@ -35,6 +36,8 @@ def check(config: ServeConfig) -> tuple[ServeConfig, ServedModel]:
     spec, _ = choose_adapter(config.model.adapter, inspect_checkpoint(config.model.path))
     choose_method(config.attention, spec)
     config = dataclasses.replace(config, transport=_check_transport(config), server=_check_server(config.server))
+    check_scaling(config.cluster)
+    check_nodes(config.cluster)
     config = _check_ranks(config)
     if config.ray.address is None:
         check_port(config.server)
@@ -102,18 +105,20 @@ def _check_ranks(config: ServeConfig) -> ServeConfig:
 
 
 def _check_memory(config: ServeConfig) -> None:
-    """Every worker of this machine takes its own KV pool, and what lies below it."""
-    num_workers = config.cluster.num_processes
-    available = psutil.virtual_memory().available
-    parts = {}
+    """Every worker of this machine takes its own KV pool, and what lies below it, once every pool has grown."""
+    cluster, available = config.cluster, psutil.virtual_memory().available
+    num_processes = {role: cluster.max_workers(role) * cluster.group_of(role).sp_degree for role in ROLES}
+    budgets: dict[str, dict[str, str]] = {}  # of each process, by key and role
     if config.model.device != "cuda":
-        parts["engine.kv_bytes"] = config.engine.kv_bytes
+        budgets["engine.kv_bytes"] = {role: config.engine_of(role).kv_bytes for role in ROLES}
     if config.attention.blocks == "host" or (config.attention.core_fetch and config.attention.below == "host"):
-        parts["attention.blocks_bytes"] = config.attention.blocks_bytes
-    for key, value in parts.items():
-        budget = parse_budget(value)
-        if budget is not None and budget * num_workers > available:
+        budgets["attention.blocks_bytes"] = dict.fromkeys(ROLES, config.attention.blocks_bytes)
+    for key, values in budgets.items():
+        total = sum((parse_budget(values[role]) or 0) * num for role, num in num_processes.items())
+        if total > available:
+            value = values["decode"]
             raise ConfigError(
-                f"{key}={value} for each of {num_workers} processes is more than the {available / 2**30:.1f} GiB of "
-                f"memory that are free; at most {available // num_workers // 2**20}MiB"
+                f"{key}={value} for each of {sum(num_processes.values())} processes is more than the "
+                f"{available / 2**30:.1f} GiB of memory that are free; at most "
+                f"{available // sum(num_processes.values()) // 2**20}MiB"
             )

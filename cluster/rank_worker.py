@@ -141,7 +141,11 @@ class RankWorker:
         shards = ShardGroup(group, self.node_id, PlanChoice(plan, start.links), cluster.call_timeout_s)
         make_pool = choose_sending_pool(transport) if sends(cluster, self.role) else None
         rank = build_rank(
-            self.config.model, self.config.engine, shards, attention=self.config.attention, make_pool=make_pool
+            self.config.model,
+            self.config.engine_of(self.role),
+            shards,
+            attention=self.config.attention,
+            make_pool=make_pool,
         )
         if sends(cluster, self.role):
             self._senders = open_senders(rank.pool, transport)

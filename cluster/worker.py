@@ -222,7 +222,7 @@ class Worker(ABC):
         build = partial(
             build_engine,
             self.config.model,
-            self.config.engine,
+            self.config.engine_of(self.role),
             attention=self.config.attention,
             make_pool=self._make_pool(),
             ships=self.config.cluster.num_prefill_workers > 0,

@@ -1,6 +1,7 @@
 """All workers of a deployment: how many, with which resources, and their start. Whoever calls owns them."""
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.actors import ActorGroup, create_worker
-from cluster.config import ServeConfig, ServerConfig
-from cluster.resources import share_resources
+from cluster.config import ROLES, ServeConfig, ServerConfig
+from cluster.ray_handle import list_workers
+from cluster.resources import find_needs, list_nodes
 from longctx.errors import ConfigError, LongctxError
 from longctx.threads import THREAD_ENV
 
@@ -28,20 +30,32 @@ def create_workers(config: ServeConfig, nodes: Sequence[dict[str, Any]], *, shar
         nodes: of the cluster, alive.
         shares_cores: several processes compute on one node.
     """
-    config = dataclasses.replace(config, server=ServerConfig())  # the endpoint's keys are no business of theirs
-    cluster = config.cluster
-    roles = ["prefill"] * cluster.num_prefill_workers + ["decode"] * cluster.num_decode_workers
-    counts: dict[str, int] = {}
-    for role in roles:
-        num_cpus, num_gpus = share_resources(config, [node["Resources"] for node in nodes], role)
-        name = f"{role}-{counts.get(role, 0)}"
-        counts[role] = counts.get(role, 0) + 1
-        env_vars = THREAD_ENV if shares_cores else {}
-        try:
-            yield create_worker(name, role, config, num_cpus=num_cpus, num_gpus=num_gpus, env_vars=env_vars)
-        except ValueError as error:  # the name is taken
-            namespace = config.ray.namespace
-            raise ConfigError(f"ray.namespace={namespace!r} is in use in this cluster: {error}") from None
+    config = without_endpoint(config)
+    for role in ROLES:
+        needs = find_needs(config, list_nodes(nodes), role)
+        for number in range(config.cluster.count_workers(role)):
+            env_vars = THREAD_ENV if shares_cores else {}
+            try:
+                yield create_worker(f"{role}-{number}", role, config, needs=needs, env_vars=env_vars)
+            except ValueError as error:  # the name is taken
+                namespace = config.ray.namespace
+                raise ConfigError(f"ray.namespace={namespace!r} is in use in this cluster: {error}") from None
+
+
+def create_another(config: ServeConfig, role: str, *, outlives_us: bool = False, waits: bool = True) -> ActorGroup:
+    """Create the actors of one more worker of a deployment that runs; see ``create_worker``."""
+    config = without_endpoint(config)
+    nodes = list_nodes(ray.nodes())
+    needs = find_needs(config, nodes, role)
+    taken = {handle.name for handle in list_workers(config.ray.namespace)}
+    name = next(name for number in itertools.count() if (name := f"{role}-{number}") not in taken)
+    env_vars = THREAD_ENV if max(config.cluster.max_processes, len(taken) + 1) > len(nodes) else {}
+    return create_worker(name, role, config, needs=needs, env_vars=env_vars, outlives_us=outlives_us, waits=waits)
+
+
+def without_endpoint(config: ServeConfig) -> ServeConfig:
+    """As workers get it: the endpoint's keys are no business of theirs."""
+    return dataclasses.replace(config, server=ServerConfig())
 
 
 def start_workers(groups: Sequence[ActorGroup]) -> dict[Any, str]:

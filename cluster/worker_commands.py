@@ -65,30 +65,20 @@ def _list(namespace: str) -> dict[str, Any]:
 def _add(config: WorkerAddConfig) -> str:
     import ray
 
-    from cluster.actors import create_worker
-    from cluster.resources import share_resources
-    from cluster.worker_actors import start_workers, wait_for_workers
-    from longctx.threads import THREAD_ENV
+    from cluster.worker_actors import create_another, start_workers, wait_for_workers
 
     workers = _list(config.ray.namespace)
     one: Any = next(iter(workers.values()))
     deployment: ServeConfig = ray.get(one.actor.describe_deployment.remote(), timeout=ANSWER_TIMEOUT_S)
     if config.role == "prefill" and not deployment.cluster.num_prefill_workers:
         raise LongctxError("this deployment has no prefill workers, and its decode workers take no KV: add role=decode")
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    num_cpus, num_gpus = share_resources(deployment, [node["Resources"] for node in nodes], config.role)
-    taken = {int(name.rpartition("-")[2]) for name in workers if name.startswith(f"{config.role}-")}
-    name = f"{config.role}-{next(number for number in range(len(taken) + 1) if number not in taken)}"
-    env_vars = THREAD_ENV if deployment.cluster.num_processes + 1 > len(nodes) else {}
-    group = create_worker(
-        name, config.role, deployment, num_cpus=num_cpus, num_gpus=num_gpus, env_vars=env_vars, outlives_us=True
-    )
+    group = create_another(deployment, config.role, outlives_us=True)
     try:
         wait_for_workers(start_workers([group]), timeout_s=deployment.cluster.start_timeout_s)
     except BaseException:
         group.kill()
         raise
-    return name
+    return group.handle.name
 
 
 def _drain(config: WorkerDrainConfig, name: str) -> None:

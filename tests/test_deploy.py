@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cluster.config import ServeConfig
-from cluster.resources import share_resources
+from cluster.resources import Node, share_resources
 from cluster.room import Bundle, find_shortage
 from longctx.cli.command_line import parse
 from longctx.config import compose
@@ -197,7 +197,7 @@ def test_the_service_is_one_that_fits():
     assert f"\ndef {name}(args: dict[str, Any])" in source.read_text()  # importing it takes Ray's environment
     config = compose(ServeConfig, "serve", application["args"]["overrides"])
     nodes = nodes_of(cluster_of(manifest))
-    prefill, decode = (share_resources(config, nodes, role) for role in ("prefill", "decode"))
+    prefill, decode = (share_resources(config, list(map(Node, nodes)), role) for role in ("prefill", "decode"))
     assert (prefill, decode) == ((4.0, 1.0), (4.0, 0.0))
     num_prefill = config.cluster.num_prefill_workers * config.cluster.prefill.sp_degree
     assert find_shortage(nodes, num_prefill, Bundle(*prefill), "PACK") == ""

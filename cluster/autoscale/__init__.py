@@ -1,0 +1,1 @@
+"""Pools of prefill and decode workers that grow and shrink by themselves."""
