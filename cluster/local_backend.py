@@ -10,7 +10,7 @@ import socket
 from collections.abc import AsyncIterator
 
 from cluster.delta_buffer import DeltaBuffer
-from cluster.serving import Health, NotReadyError, PromptTokenizer, ServedModel, WorkerHealth, WorkerStats
+from cluster.serving import Health, NotReadyError, PromptTokenizer, QueueStats, ServedModel, WorkerHealth, WorkerStats
 from longctx.engine.engine import Engine
 from longctx.engine.loop import EngineLoop
 from longctx.messages import GenerationRequest, OutputDelta
@@ -86,6 +86,10 @@ class LocalBackend:
         async with asyncio.timeout(STATS_TIMEOUT_S):
             engine = await asyncio.wrap_future(stats)
         return [WorkerStats(WORKER_NAME, "engine", engine, host=socket.gethostname(), pid=os.getpid())]
+
+    def queue(self) -> QueueStats:
+        """Nothing waits outside the engine."""
+        return QueueStats()
 
     def _require_loop(self) -> EngineLoop:
         if self._engine_loop is None:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.serving import WorkerStats
+from cluster.serving import PoolStatus, QueueStats, WorkerStats
 from longctx.messages import OutputDelta
 from memory.messages import LeaseGrant
 from parallel.links import LinkModel
@@ -65,3 +65,24 @@ class RankReport:
     incarnation: str
     arrivals: tuple[tuple[str, bytes | None, str], ...]  # (request id, commit's payload, or None and the reason)
     bytes_shipped: int  # KV bytes sent to other workers since the start
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingReport:
+    """What the autoscaler tells the endpoint, and what it asks it."""
+
+    pools: tuple[PoolStatus, ...]
+    window_s: float  # seconds that count for latencies
+    percentile: float  # of their requests
+    long_tokens: int  # prompts with more tokens are long
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the endpoint knows of the load. Latencies are None without a request in the window."""
+
+    workers: tuple[WorkerStats, ...]
+    queue: QueueStats
+    ttft_s: float | None = None  # prompts that are not long
+    long_ttft_s: float | None = None
+    tpot_s: float | None = None

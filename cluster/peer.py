@@ -166,6 +166,7 @@ class WorkerPeer:
             residual_s=known.residual_s,
             sp_degree=self.sp_degree,
             alive=self.is_alive,
+            starting=self.info is None,
             draining=self.is_draining,
             pool=self.pool,
         )

@@ -26,7 +26,8 @@ from cluster.messages import Admission, WorkerReport
 from cluster.peer import PREFILL_WINDOW, Flight, WorkerPeer, make_flight
 from cluster.policies import POLICIES
 from cluster.policies.policy import Policy, WorkerLoad
-from cluster.serving import Health, NotReadyError, PromptTokenizer, ServedModel, WorkerStats
+from cluster.serving import Health, NotReadyError, PromptTokenizer, QueueStats, ServedModel, WorkerStats
+from cluster.waiting import WaitingRoom
 from longctx.errors import LongctxError, QueueFullError, WorkerDrainedError, WorkerLostError
 from longctx.messages import GenerationRequest, OutputDelta
 
@@ -65,10 +66,9 @@ class Router:
         self._peers = Membership(handles, config, any_role=self._policy.repurposes)
         self._roster = roster
         self._flights: dict[str, Flight] = {}  # by the id that workers know
-        self._num_waiting = 0
+        self._waiting = WaitingRoom()
         self._lost_at = 0.0  # when a decode worker was lost last
         self._is_stopping = False
-        self._turns: dict[tuple[bool, bool], asyncio.Lock] = {}  # of requests that wait for a place alike
         self._change = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -91,8 +91,8 @@ class Router:
 
     def check_queue(self) -> None:
         """See ``ServingBackend.check_queue``."""
-        if self._num_waiting >= self._config.engine.max_waiting:
-            raise QueueFullError(f"{self._num_waiting} requests are waiting already (engine.max_waiting)")
+        if len(self._waiting) >= self._config.engine.max_waiting:
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting already (engine.max_waiting)")
 
     async def submit(self, request: GenerationRequest) -> AsyncIterator[list[OutputDelta]]:
         """See ``ServingBackend.submit``."""
@@ -128,31 +128,29 @@ class Router:
         """See ``ServingBackend.worker_stats``."""
         return self._peers.stats()
 
+    def queue(self) -> QueueStats:
+        """See ``ServingBackend.queue``."""
+        return self._waiting.describe()
+
     # Placing
 
     async def _wait_for_place(self, flight: Flight) -> None:
-        self._num_waiting += 1
-        try:
-            has_prefill = any(peer.role == "prefill" for peer in self._peers)
-            is_long = flight.num_tokens > self._config.cluster.local_prefill_tokens
-            transfers = flight.transfers = has_prefill and is_long and not flight.has_output
-            if (
-                not flight.num_tries and not self._peers.has_decode
-            ):  # not behind others that wait for a worker to come back
-                raise self._not_ready()
-            async with self._turn(flight, transfers=transfers):
+        has_prefill = any(peer.role == "prefill" for peer in self._peers)
+        is_long = flight.num_tokens > self._config.cluster.local_prefill_tokens
+        transfers = flight.transfers = has_prefill and is_long and not flight.has_output
+        if not flight.num_tries and not self._peers.has_decode:  # not behind others that wait for a worker to come back
+            raise self._not_ready()
+        window = PREFILL_WINDOW * self._config.engine_of("prefill" if transfers else "decode").max_batch_tokens
+        turn = self._waiting.turn(flight, is_long=flight.num_tokens > window)
+        with turn.join(flight):
+            async with turn.lock:
                 await self._wait_for_worker()
-                while not await self._try_place(flight, transfers=transfers):
+                turn.lacks = lacks = await self._try_place(flight, transfers=transfers)
+                while lacks:
                     await self._wait_for_change()
                     await self._wait_for_worker()
-        finally:
-            self._num_waiting -= 1
-
-    def _turn(self, flight: Flight, *, transfers: bool) -> asyncio.Lock:
-        """First come, first served among those that wait for the same: long prompts wait longer, and not before
-        short ones."""
-        is_long = flight.num_tokens > PREFILL_WINDOW * self._config.engine.max_batch_tokens
-        return self._turns.setdefault((transfers, transfers and is_long), asyncio.Lock())
+                    lacks = await self._try_place(flight, transfers=transfers)
+                    turn.lacks = lacks or turn.lacks  # until the next one has asked
 
     async def _wait_for_worker(self) -> None:
         """Until there is a decode worker, or the last has been gone for ``cluster.recovery_timeout_s``."""
@@ -160,15 +158,15 @@ class Router:
         while not self._peers.has_decode and not self._is_stopping and loop.time() < self._lost_at + timeout_s:
             await self._wait_for_change()
 
-    async def _try_place(self, flight: Flight, *, transfers: bool) -> bool:
-        """Hand the request to the policy's choice, or its next one if that has no room; False if none has."""
+    async def _try_place(self, flight: Flight, *, transfers: bool) -> str:
+        """Hand the request to the policy's choice, or its next one if that is full; which role lacks room, if any."""
         full: set[str] = set()
         while True:
             prefill, decode = self._choose(flight, transfers=transfers, full=full)
-            if decode is None or (
-                prefill is not None and self._load(prefill, flight).has_long_queue(flight.num_tokens)
-            ):
-                return False
+            if decode is None:
+                return "decode"
+            if prefill is not None and self._load(prefill, flight).has_long_queue(flight.num_tokens):
+                return "prefill"
             admission = await self._admit(flight, None if prefill is decode else prefill, decode)
             if admission.kind != "full":
                 break
@@ -179,7 +177,7 @@ class Router:
         if admission.kind == "leased":
             assert prefill is not None
             await self._prefill(flight, prefill, decode, admission)
-        return True
+        return ""
 
     async def _admit(self, flight: Flight, prefill: WorkerPeer | None, decode: WorkerPeer) -> Admission:
         """Ask a decode worker, which has the request from now on unless it is full."""
@@ -232,7 +230,7 @@ class Router:
         return alive[computer.name] if computer else None, alive[generator.name]
 
     def _load(self, peer: WorkerPeer, flight: Flight) -> WorkerLoad:
-        batch_tokens = self._config.engine.max_batch_tokens
+        batch_tokens = self._config.engine_of(peer.role).max_batch_tokens
         return peer.load(flight.digests, num_tokens=flight.num_tokens, batch_tokens=batch_tokens)
 
     def _not_ready(self) -> NotReadyError:

@@ -49,7 +49,48 @@ class WorkerStats:
     sp_degree: int = 1  # ranks that share its sequences
     pool: str = ""  # "mixed" while it has work that it was not started for, else its role
     draining: bool = False  # it takes nothing new
-    alive: bool = True  # false: lost; ``engine`` is what was last heard
+    alive: bool = True  # false: not there yet, or lost; ``engine`` is what was last heard
+    starting: bool = False  # it has not been there yet
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Requests that no worker has yet."""
+
+    num_waiting: int = 0
+    num_for_prefill: int = 0  # because the prefill workers have enough to compute
+    num_for_decode: int = 0  # because no decode worker has room
+    prefill_tokens: int = 0  # of the prompts that wait for prefill workers
+
+
+@dataclass(frozen=True, slots=True)
+class StartStatus:
+    """A worker that is being started."""
+
+    name: str  # empty: not chosen yet
+    stage: str  # "placing": it waits for room in the Ray cluster; "loading" the model
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """The workers of one role, and what became of them by autoscaling; without it only how many there are."""
+
+    role: str
+    num_live: int = 0  # take requests
+    num_starting: int = 0
+    num_draining: int = 0
+    min_workers: int | None = None
+    max_workers: int | None = None
+    target_workers: int | None = None  # with those that are being started, without those that drain
+    starts: tuple[StartStatus, ...] = ()
+    decision: str = ""  # the last one
+    reason: str = ""  # for it
+    decided_at: float | None = None  # seconds since the epoch
+    num_grown: int = 0  # decisions to grow since the start
+    num_shrunk: int = 0
+    num_failed: int = 0  # starts that failed
+    retry_s: float = 0.0  # seconds until the next start is tried after one that failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +175,10 @@ class ServingBackend(Protocol):
 
     async def worker_stats(self) -> list[WorkerStats]:
         """Every worker's state, within a second."""
+        ...
+
+    def queue(self) -> QueueStats:
+        """What waits outside the workers."""
         ...
 
 

@@ -78,9 +78,9 @@ def test_cancelled_while_it_waits_at_the_router(folder):
             for request in (make_request("r", make_prompt(1, 100)), last):
                 tasks.append(asyncio.create_task(cluster.answer(request)))
                 await wait_until(lambda: request.request_id in cluster.router._flights)  # noqa: B023
-            assert cluster.router._num_waiting == 2
+            assert cluster.router.queue().num_waiting == 2
             await cancel(tasks.pop(1))
-            assert cluster.router._num_waiting == 1
+            assert cluster.router.queue().num_waiting == 1
             return await asyncio.gather(*tasks)
 
     assert asyncio.run(scenario()) == generate_alone(config, [first, last])

@@ -113,7 +113,7 @@ def test_a_full_decode_worker_is_passed_over(folder):
             for request in (big, *small):
                 tasks.append(asyncio.create_task(cluster.answer(request)))
                 await wait_until(lambda: cluster.router.worker_of(request.request_id))  # noqa: B023
-            await wait_until(lambda: cluster.router._num_waiting == 0)
+            await wait_until(lambda: not cluster.router.queue().num_waiting)
             places = {name: cluster.router.worker_of(name) for name in cluster.router._flights}
             answer = await cluster.answer(last)
             still_running = "big" in cluster.router._flights
@@ -134,7 +134,7 @@ def test_a_long_prompt_does_not_keep_short_ones_waiting(folder):
     async def scenario():
         async with start_cluster(config) as cluster:
             tasks = [asyncio.create_task(cluster.answer(request)) for request in long]
-            await wait_until(lambda: cluster.router.worker_of("long0") and cluster.router._num_waiting == 2)
+            await wait_until(lambda: cluster.router.worker_of("long0") and cluster.router.queue().num_waiting == 2)
             answers = await asyncio.gather(*map(cluster.answer, short))
             still_running = sum(not task.done() for task in tasks)
             return await asyncio.gather(*tasks), answers, still_running
@@ -254,7 +254,7 @@ def test_what_waits_when_the_router_stops_ends_in_an_error(folder):
         async with start_cluster(config) as cluster:
             requests = [make_request(f"r{n}", make_prompt(n, 2000)) for n in range(3)]  # one placed, two wait
             tasks = [asyncio.create_task(cluster.answer(request)) for request in requests]
-            await wait_until(lambda: cluster.router._num_waiting == 2)
+            await wait_until(lambda: cluster.router.queue().num_waiting == 2)
             await cluster.router.stop()
             async with asyncio.timeout(10.0):
                 return await asyncio.gather(*tasks, return_exceptions=True)
