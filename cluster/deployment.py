@@ -29,10 +29,11 @@ class Deployment:
 
     def __init__(self, config: ServeConfig, model: ServedModel) -> None:
         self._config, self._model = config, model
-        self._session = RaySession(config.ray, shares_cores=config.cluster.num_processes > 1)
+        self._session = RaySession(config.ray, shares_cores=config.cluster.max_processes > 1)
         self._groups: list[Any] = []  # ActorGroup of each worker
         self._strangers: set[str] | None = None  # workers that were there before; None: ours were not begun
         self._app: Any = None  # a ServeApp, once Ray runs
+        self._autoscaler: Any = None  # an AutoscalerThread, once the endpoint answers
         self._deploying: threading.Thread | None = None
         self._host = config.server.host
 
@@ -55,6 +56,11 @@ class Deployment:
         if failure or deploying.is_alive():
             raise LongctxError(f"the endpoint did not start: {failure[0] if failure else 'no answer in time'}")
         self._await_health()
+        if self._config.cluster.autoscale.enabled:
+            from cluster.autoscale.ray_fleet import AutoscalerThread
+
+            self._autoscaler = AutoscalerThread(self._config, self._app.make_exchange())
+            self._autoscaler.start()
 
     @property
     def url(self) -> str:
@@ -86,6 +92,8 @@ class Deployment:
         """Endpoint and workers; each step is tried whatever became of the one before."""
         import ray
 
+        if self._autoscaler is not None:  # or workers would still come
+            self._autoscaler.stop(CLOSE_TIMEOUT_S)
         self._withdraw()
         with suppress(Exception):
             closing = [group.handle.actor.close.remote() for group in self._groups]
@@ -141,7 +149,7 @@ class Deployment:
 
         self._strangers = {handle.name for handle in list_workers(self._config.ray.namespace)}
         # a local Ray's processes have the thread settings from us
-        shares_cores = not self._session.is_local and self._config.cluster.num_processes > len(nodes)
+        shares_cores = not self._session.is_local and self._config.cluster.max_processes > len(nodes)
         for group in create_workers(self._config, nodes, shares_cores=shares_cores):
             self._groups.append(group)  # one by one: those that there are end with us if the next cannot be
 

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.auth import KeyCheck
+from cluster.autoscale.board import PoolBoard
 from cluster.config import ServerConfig
 from cluster.key_ring import KeyRing
 from cluster.metrics import Metrics
@@ -38,22 +39,24 @@ ASK_TIMEOUT_S = 5.0  # for the workers' health and state
 def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
     """The application; its lifespan starts and stops ``backend``. Raises ``ConfigError`` if the keys cannot be read."""
     metrics = Metrics()
+    board = PoolBoard(backend, metrics.window)
     places = Places(server.max_requests, time.monotonic, on_change=metrics.in_progress.set)
     completions = CompletionRoute(backend, server, metrics=metrics, places=places)
     chat = ChatRoute(backend, server, metrics=metrics, places=places)
-    pages = Pages(backend, metrics=metrics, places=places)
+    pages = Pages(backend, metrics=metrics, places=places, board=board)
     ring = KeyRing(server)
     tenants = Tenants(server, has_keys=not ring.is_open)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await backend.start()
+        board.loop = asyncio.get_running_loop()
         try:
             yield
         finally:
             await backend.stop()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route(completions.path, completions, methods=["POST"]),
             Route(chat.path, chat, methods=["POST"]),
@@ -67,15 +70,18 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
         exception_handlers={HTTPException: _answer_http_error},
         lifespan=lifespan,
     )
+    app.state.board = board
+    return app
 
 
 class Pages:
     """The routes that only tell."""
 
-    def __init__(self, backend: ServingBackend, *, metrics: Metrics, places: Places) -> None:
+    def __init__(self, backend: ServingBackend, *, metrics: Metrics, places: Places, board: PoolBoard) -> None:
         self._backend = backend
         self._metrics = metrics
         self._places = places
+        self._board = board
 
     async def list_models(self, request: Request) -> Response:
         """The served model."""
@@ -103,18 +109,23 @@ class Pages:
 
     async def get_metrics(self, request: Request) -> Response:
         """Prometheus text."""
-        return Response(self._metrics.render(await self._ask_workers()), media_type=CONTENT_TYPE_LATEST)
+        workers = await self._ask_workers()
+        text = self._metrics.render(workers, self._board.describe(workers), self._backend.queue())
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def get_status(self, request: Request) -> Response:
         """Everything that ``longctx status`` shows."""
-        health = await self._ask_health()
+        health, workers = await self._ask_health(), await self._ask_workers()
         content = {
             "model": self._describe_model(),
             "ready": health.ready,
             "reason": health.reason,
             "requests_in_progress": self._places.num_held,
             "max_requests": self._places.limit,
-            "workers": [dataclasses.asdict(worker) for worker in await self._ask_workers()],
+            "queue": dataclasses.asdict(self._backend.queue()),
+            "pools": [dataclasses.asdict(pool) for pool in self._board.describe(workers)],
+            "autoscaler_silence_s": self._board.silence_s,
+            "workers": [dataclasses.asdict(worker) for worker in workers],
         }
         return json_response(content)
 

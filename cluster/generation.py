@@ -37,7 +37,9 @@ class Generation:
         self._requests = requests
         self._buffer = DeltaBuffer()
         self._tasks: list[asyncio.Task[None]] = []
-        self._timers = {request.request_id: TokenTimer(metrics, started) for request in requests}
+        self._timers = {
+            request.request_id: TokenTimer(metrics, started, len(request.prompt_token_ids)) for request in requests
+        }
         self._first_choice = {request.request_id: i * request.sampling.n for i, request in enumerate(requests)}
         self._num_cached: dict[str, int] = {}
         self.num_generated = 0

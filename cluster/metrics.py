@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.serving import WorkerStats
+from cluster.autoscale.latency_window import LatencyWindow
+from cluster.pool_metrics import PoolMetrics
+from cluster.serving import PoolStatus, QueueStats, WorkerStats
 from longctx.messages import OutputDelta
 
 # Half a million tokens of prompt take minutes; a token takes a millisecond on a GPU and seconds behind a long prefill.
@@ -81,13 +83,18 @@ class Metrics:
             "longctx_requests", "Requests by how they ended", ["endpoint", "outcome"], registry=registry
         )
         self.in_progress = Gauge("longctx_requests_in_progress", "Requests being served or waiting", registry=registry)
-        self._workers = _WorkerCollector()
+        self.window = LatencyWindow()
+        self._workers, self._pools = _WorkerCollector(), PoolMetrics(self.window)
         registry.register(self._workers)
+        registry.register(self._pools)
         self._registry = registry
 
-    def render(self, workers: Sequence[WorkerStats]) -> bytes:
-        """The text format, with ``workers`` as they are now."""
+    def render(
+        self, workers: Sequence[WorkerStats], pools: Sequence[PoolStatus] = (), queue: QueueStats | None = None
+    ) -> bytes:
+        """The text format, with what is given as it is now."""
         self._workers.workers = workers
+        self._pools.pools, self._pools.queue = pools, queue or QueueStats()
         return generate_latest(self._registry)
 
 
@@ -97,11 +104,13 @@ class TokenTimer:
     Args:
         metrics: where to record.
         started: ``time.perf_counter()`` at the request's arrival.
+        num_prompt_tokens: of the prompt.
     """
 
-    def __init__(self, metrics: Metrics, started: float) -> None:
+    def __init__(self, metrics: Metrics, started: float, num_prompt_tokens: int = 0) -> None:
         self._metrics = metrics
         self._started = started
+        self._num_prompt_tokens = num_prompt_tokens
         self._first: dict[int, float] = {}  # by sequence
         self._num_tokens: dict[int, int] = {}
         self.worker = ""
@@ -114,10 +123,13 @@ class TokenTimer:
         if not self._first:
             self.worker = worker_of(delta.request_id)
             self._metrics.ttft.labels(self.worker).observe(now - self._started)
+            self._metrics.window.add_ttft(now - self._started, self._num_prompt_tokens)
         first = self._first.setdefault(delta.index, now)
         num_tokens = self._num_tokens[delta.index] = self._num_tokens.get(delta.index, 0) + len(delta.token_ids)
         if delta.finish_reason is not None and num_tokens > 1:
-            self._metrics.tpot.labels(self.worker).observe((now - first) / (num_tokens - 1))
+            tpot = (now - first) / (num_tokens - 1)
+            self._metrics.tpot.labels(self.worker).observe(tpot)
+            self._metrics.window.add_tpot(tpot)
 
 
 class _WorkerCollector(Collector):

@@ -4,6 +4,7 @@ In a Ray of our own the replica listens itself: Serve places it, watches it and 
 process on its way out. In a cluster that was joined, Serve's HTTP proxy listens, as it does for the other applications.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,11 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from starlette.applications import Starlette
 
+from cluster.autoscale.autoscaler import Exchange
 from cluster.config import ServeConfig, ServerConfig
 from cluster.endpoint import make_app
 from cluster.listener import ENDING_S, Listener
+from cluster.messages import Observation, ScalingReport
 from cluster.ray_handle import list_workers, make_roster
 from cluster.router import Router
 from cluster.serving import ServedModel
@@ -28,6 +31,7 @@ HEALTH_PERIOD_S = 5.0
 HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node
 SERVE_CONTROLLER_NAME, SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 SERVE_TIMEOUT_S = 30.0
+EXCHANGE_TIMEOUT_S = 10.0
 
 
 class ServeApp:
@@ -90,6 +94,18 @@ class ServeApp:
             listening: Any = deployment(_Listening)
             serve.run(listening.bind(build, self._config.server), name=self._name, route_prefix=None)
 
+    def make_exchange(self) -> Exchange:
+        """How the autoscaler reaches the endpoint, whichever replica holds it."""
+        handles: list[Any] = []
+
+        async def exchange(report: ScalingReport) -> Observation:
+            if not handles:
+                handles.append(await asyncio.to_thread(serve.get_app_handle, self._name))
+            async with asyncio.timeout(EXCHANGE_TIMEOUT_S):
+                return await handles[0].exchange.remote(report)
+
+        return exchange
+
     def withdraw(self) -> None:
         """End the endpoint if it was begun, and Serve with it unless others use it."""
         if not self._is_deployed:
@@ -101,15 +117,26 @@ class ServeApp:
 
 
 class BehindProxy:
-    """What Serve wraps; the application is all of it."""
+    """What Serve wraps, which adds ``app``: the application is all of it."""
+
+    app: Starlette
+
+    async def exchange(self, report: ScalingReport) -> Observation:
+        """See ``PoolBoard.exchange``."""
+        return await self.app.state.board.exchange(report)
 
 
 class _Listening:
     """A replica that listens itself. Serve waits for the constructor, asks for its health and calls ``__del__``."""
 
     async def __init__(self, build: Callable[[], Starlette], server: ServerConfig) -> None:
-        self._listener = Listener(build(), server, grace_s=GRACE_S)
+        self._app = build()
+        self._listener = Listener(self._app, server, grace_s=GRACE_S)
         await self._listener.start()
+
+    async def exchange(self, report: ScalingReport) -> Observation:
+        """See ``PoolBoard.exchange``."""
+        return await self._app.state.board.exchange(report)
 
     async def check_health(self) -> None:
         self._listener.check()

@@ -7,6 +7,7 @@
 creates and owns them: they end with it, and the one that follows it makes others.
 """
 
+import asyncio
 import dataclasses
 import uuid
 from typing import Any
@@ -16,10 +17,13 @@ from ray import serve
 from ray.serve import Application
 from starlette.applications import Starlette
 
+from cluster.autoscale.autoscaler import Exchange
+from cluster.autoscale.ray_fleet import AutoscalerThread
 from cluster.config import ServeConfig
+from cluster.messages import Observation, ScalingReport
 from cluster.preflight import check
 from cluster.serve_app import BehindProxy, deployment_options, make_router_app
-from cluster.serving import ServedModel
+from cluster.serving import NotReadyError, ServedModel
 from cluster.worker_actors import create_workers, start_workers, wait_for_workers
 from longctx.config import compose
 from longctx.errors import ConfigError
@@ -59,8 +63,23 @@ def _start(config: ServeConfig, model: ServedModel) -> Starlette:
     namespace = f"{config.ray.namespace}-{uuid.uuid4().hex[:8]}"
     config = dataclasses.replace(config, ray=dataclasses.replace(config.ray, namespace=namespace))
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    groups = list(create_workers(config, nodes, shares_cores=config.cluster.num_processes > len(nodes)))
+    groups = list(create_workers(config, nodes, shares_cores=config.cluster.max_processes > len(nodes)))
     wait_for_workers(start_workers(groups), timeout_s=config.cluster.start_timeout_s)
     app = make_router_app(config, model)
     app.state.workers = groups  # owned as long as the application lives
+    if config.cluster.autoscale.enabled:
+        app.state.autoscaler = AutoscalerThread(config, _make_exchange(app))
+        app.state.autoscaler.start()
     return app
+
+
+def _make_exchange(app: Starlette) -> Exchange:
+    """How the autoscaler, on a thread of the replica's process, reaches the endpoint on its event loop."""
+
+    async def exchange(report: ScalingReport) -> Observation:
+        loop = app.state.board.loop
+        if loop is None:
+            raise NotReadyError("it has not begun yet")
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(app.state.board.exchange(report), loop))
+
+    return exchange
