@@ -28,8 +28,8 @@ class ClusterConfig:
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     worker_strategy: str = option(
         "SPREAD",
-        "how Ray places workers: SPREAD over the nodes, so that the loss of one costs least; PACK: as Ray likes, which "
-        "leaves nodes idle that its autoscaler can take away",
+        "how Ray places workers of one rank: SPREAD over the nodes, so that the loss of one costs least; PACK: as Ray "
+        "likes, which leaves nodes idle for its autoscaler to take away",
         choices=("SPREAD", "PACK"),
     )
     links_file: str | None = option(

@@ -69,9 +69,12 @@ class Membership:
                 logger.info("%s has come", name)
                 self._peers.append(self._make_peer(handles[name]))
                 follow(self._peers[-1])
-            for peer in [peer for peer in self._peers if peer.name not in handles and not peer.is_alive]:
-                logger.info("%s has gone", peer.name)
-                self._peers.remove(peer)
+            for peer in [peer for peer in self._peers if not peer.is_alive]:
+                if peer.name in handles:
+                    peer.handle = handles[peer.name]  # another one may have its name by now
+                else:
+                    logger.info("%s has gone", peer.name)
+                    self._peers.remove(peer)
 
     def _make_peer(self, handle: WorkerHandle) -> WorkerPeer:
         return WorkerPeer(handle, self._config.cluster.call_timeout_s, self._config.digest)

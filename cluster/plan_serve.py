@@ -106,7 +106,7 @@ class _Deployment:
         return choose_contexts(
             self.spec,
             self.method,
-            self.config.engine,
+            self.config.engine_of(role),
             self.config.attention,
             dtype=self.dtype,
             device_type=self.limits.device_type,
@@ -116,7 +116,7 @@ class _Deployment:
     def _plan(self, role: str, engine: EngineConfig | None = None) -> ServingPlan:
         return plan_serving_memory(
             self.spec,
-            engine or self.config.engine,
+            engine or self.config.engine_of(role),
             self.config.attention,
             self._contexts(role),
             dtype=self.dtype,
@@ -138,10 +138,10 @@ class _Deployment:
         return min(self.max_context, find_longest(self._contexts(role), self._plan(role).room))
 
     def _lacks_near(self, role: str) -> bool:
-        return self._plan(role).parts["kv"] < self._contexts(role).count_least(self.config.engine)
+        return self._plan(role).parts["kv"] < self._contexts(role).count_least(self.config.engine_of(role))
 
     def _least_near(self, role: str) -> str:
-        return f"{-(-self._contexts(role).count_least(self.config.engine) // 2**20)}MiB"
+        return f"{-(-self._contexts(role).count_least(self.config.engine_of(role)) // 2**20)}MiB"
 
     def _room(self, role: str) -> int:
         """Bytes of a rank that contexts may fill: all that nothing else takes."""
@@ -192,7 +192,7 @@ class _Deployment:
         rows = [("context", "sequences", "ms a token", "tokens/s")]
         contexts = self._contexts("decode")
         for context in sorted({min(_SHORT_CONTEXT, self.max_context), self.max_context}):
-            most = max(1, min(self.config.engine.max_sequences, count_held(contexts, plan.room, context)))
+            most = max(1, min(self.config.engine_of("decode").max_sequences, count_held(contexts, plan.room, context)))
             for num_sequences in sorted({1, most}):
                 kv = num_sequences * contexts.count_read(context) / self._sp_degree("decode")
                 seconds = (plan.parts["weights"] + kv) / self.limits.bytes_per_s

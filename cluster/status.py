@@ -71,7 +71,8 @@ def _describe_pool(pool: dict[str, Any]) -> str:
     """One pool: how many workers, how many it is to have, what is on its way, and the last decision."""
     line = f"{pool['role']} pool: {pool['num_live']} workers"
     if pool["max_workers"] is not None:
-        line += f" of {pool['target_workers']} ({pool['min_workers']} to {pool['max_workers']})"
+        target = pool["num_live"] if pool["target_workers"] is None else pool["target_workers"]
+        line += f" of {target} ({pool['min_workers']} to {pool['max_workers']})"
     line += "".join(f", {pool[f'num_{what}']} {what}" for what in ("starting", "draining") if pool[f"num_{what}"])
     for start in pool["starts"]:
         words = "waits for a place in the Ray cluster" if start["stage"] == "placing" else "loads the model"

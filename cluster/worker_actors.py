@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.actors import ActorGroup, create_worker
 from cluster.config import ROLES, ServeConfig, ServerConfig
 from cluster.ray_handle import list_workers
-from cluster.resources import find_needs, list_nodes
+from cluster.resources import find_needs, list_nodes, suits
 from longctx.errors import ConfigError, LongctxError
 from longctx.threads import THREAD_ENV
 
@@ -32,7 +32,10 @@ def create_workers(config: ServeConfig, nodes: Sequence[dict[str, Any]], *, shar
     """
     config = without_endpoint(config)
     for role in ROLES:
-        needs = find_needs(config, list_nodes(nodes), role)
+        there = list_nodes(nodes)
+        needs = find_needs(config, there, role)
+        if config.cluster.count_workers(role) and not any(suits(config.cluster.group_of(role), node) for node in there):
+            logger.warning("%s workers wait for a node of their kind, of which there is none yet: %s", role, needs)
         for number in range(config.cluster.count_workers(role)):
             env_vars = THREAD_ENV if shares_cores else {}
             try:

@@ -93,6 +93,7 @@ class Autoscaler:
         self._roles = [role for role in ROLES if config.cluster.count_workers(role)]
         self._memory: dict[str, PoolMemory] = {}
         self._loads: dict[str, PoolLoad] = {}
+        self._targets: dict[str, int] = {}  # workers by role
         self._starts: list[_Start] = []
         self._drains: dict[str, _Drain] = {}
         self._lost_since: dict[str, float] = {}
@@ -105,11 +106,11 @@ class Autoscaler:
         """Look again and again, until cancelled. Workers on their way are left to their owner."""
         try:
             while True:
+                await asyncio.sleep(self._scaling.interval_s)
                 try:
                     await self.look()
                 except Exception:
                     logger.exception("pools stay as they are: this look failed")
-                await asyncio.sleep(self._scaling.interval_s)
         finally:
             for task in list(self._tasks):
                 task.cancel()
@@ -131,7 +132,9 @@ class Autoscaler:
         await self._give_up_lost(observation.workers)
         self._loads = {role: self._measure(observation, role) for role in self._roles}
         changes, self._memory = decide(self._loads, self._scaling, self._memory, now=self._clock())
+        self._targets = {role: load.num_workers for role, load in self._loads.items()}
         for change in changes:
+            self._targets[change.role] += change.num_workers
             await self._apply(change, observation.workers)
 
     def report(self) -> ScalingReport:
@@ -144,14 +147,14 @@ class Autoscaler:
         )
 
     def _describe(self, role: str) -> PoolStatus:
-        pool, now, load = self._scaling.pool_of(role), self._clock(), self._loads.get(role)
+        pool, now = self._scaling.pool_of(role), self._clock()
         what, why, when = self._decisions.get(role, ("", "", None))
         retry_at = self._memory.get(role, PoolMemory()).retry_at
         return PoolStatus(
             role,
             min_workers=pool.min_workers,
             max_workers=pool.max_workers,
-            target_workers=load.num_workers if load else None,
+            target_workers=self._targets.get(role),
             starts=tuple(
                 StartStatus(start.name, start.stage, now - start.began) for start in self._starts if start.role == role
             ),
@@ -202,7 +205,9 @@ class Autoscaler:
                 logger.warning(
                     "%s has not come back in %g s: it is given up", worker.name, self._scaling.place_timeout_s
                 )
-                await self._fleet.end(await self._fleet.find(worker.name, worker.role))
+                drain = _Drain(await self._fleet.find(worker.name, worker.role), is_ending=True)
+                self._drains[worker.name] = drain
+                self._spawn(self._end(drain))
 
     async def _apply(self, change: Change, workers: tuple[WorkerStats, ...]) -> None:
         role, num_before = change.role, self._loads[change.role].num_workers
@@ -263,11 +268,14 @@ class Autoscaler:
         except LongctxError as error:  # it is lost, and was to go anyway: its requests go on elsewhere
             logger.warning("%s ends: %s", worker.name, error)
         drain.is_ending = True
-        try:
-            await self._fleet.end(worker)
-        finally:
-            del self._drains[worker.name]
+        await self._end(drain)
         logger.info("%s had nothing left, and has ended", worker.name)
+
+    async def _end(self, drain: _Drain) -> None:
+        try:
+            await self._fleet.end(drain.worker)
+        finally:
+            del self._drains[drain.worker.name]
 
     async def _undo_drains(self, role: str, num_wanted: int) -> int:
         """Workers that were about to go are there sooner than new ones; returns how many stay."""

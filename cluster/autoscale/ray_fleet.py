@@ -27,25 +27,30 @@ class RayFleet:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._groups: dict[str, ActorGroup] = {}  # an actor ends when nobody refers to it
+        self._unplaced: set[str] = set()  # of these, no process runs yet
         self._naming = asyncio.Lock()
 
     async def create(self, role: str) -> WorkerHandle:
         async with self._naming:
             group = await asyncio.to_thread(create_another, self._config, role, waits=False)
             self._groups[group.handle.name] = group
+            self._unplaced.add(group.handle.name)
         return group.handle
 
     async def place(self, worker: WorkerHandle) -> None:
         await worker.call("__ray_ready__")
+        self._unplaced.discard(worker.name)
 
     async def find(self, name: str, role: str) -> WorkerHandle:
         return await asyncio.to_thread(find_worker, name, role, self._config.ray.namespace)
 
     async def end(self, worker: WorkerHandle) -> None:
         assert isinstance(worker, RayHandle)
-        with suppress(Exception):  # it may be lost, or have no place yet: it ends all the same
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await worker.call("close")
+        if worker.name not in self._unplaced:
+            with suppress(Exception):  # it may be lost: it ends all the same
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await worker.call("close")
+        self._unplaced.discard(worker.name)
         await asyncio.to_thread(kill_worker, worker, self._config.ray.namespace)
         group = self._groups.pop(worker.name, None)
         if group is not None:

@@ -121,14 +121,14 @@ def test_grows_under_load_and_shrinks_when_idle(folder, role, options, length):
                 most = max(most, len(names(cluster, role)))
                 await asyncio.sleep(0.01)
             pools = {pool.role: pool for pool in scaler.report().pools}
-            await wait_until(lambda: names(cluster, role) == [f"{role}-0"])
+            await wait_until(lambda: len(names(cluster, role)) == 1)
             await wait_until(lambda: len(cluster.router._peers) == 2)
             return [await answer for answer in answers], most, fleet, pools
 
     answers, most, fleet, pools = asyncio.run(scenario())
     assert answers == generate_alone(config, requests)
     assert most > 1
-    assert set(fleet.ended) == set(fleet.created)
+    assert len(fleet.ended) == len(fleet.created)
     assert {name.rpartition("-")[0] for name in fleet.created} == {role}
     assert (pools[role].min_workers, pools[role].max_workers) == (1, 3)
     assert pools[role].num_grown > 0

@@ -37,7 +37,7 @@ async def read(cluster, request, seen):
 
 def test_a_worker_that_comes_is_used_and_one_that_goes_is_forgotten(folder):
     config = make_config(folder)
-    requests = [make_request(f"r{n}", make_prompt(n, 100), replace(GREEDY, max_tokens=2000)) for n in range(2)]
+    requests = [make_request(f"r{n}", make_prompt(n, 100), replace(GREEDY, max_tokens=1200)) for n in range(2)]
 
     async def scenario():
         async with start_cluster(config) as cluster:

@@ -7,9 +7,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.autoscale.latency_window import LatencyWindow
 from cluster.delta_buffer import MERGE_ABOVE, DeltaBuffer
 from cluster.metrics import Metrics, TokenTimer
-from cluster.serving import WorkerStats
+from cluster.serving import PoolStatus, QueueStats, StartStatus, WorkerStats
 from longctx.messages import EngineStats, FinishReason, OutputDelta
 from tests.local_server import MODEL_NAME, LocalServer, serve
 from tests.tiny_checkpoints import make_checkpoint
@@ -90,6 +91,46 @@ def test_workers_are_labelled():
     assert get("longctx_num_running", decode) == 7
     assert get("longctx_preemptions_total", decode) == 2
     assert (get("longctx_worker_alive", prefill), get("longctx_worker_alive", decode)) == (1, 0)
+
+
+def test_pools_and_the_queue_are_shown():
+    metrics = Metrics()
+    metrics.window.add_ttft(2.0, 100)
+    start = StartStatus("decode-1", "placing", 3.0)
+    pools = [
+        PoolStatus("prefill", num_live=2),
+        PoolStatus("decode", 1, 1, 0, min_workers=1, max_workers=4, target_workers=2, starts=(start,), num_grown=1),
+    ]
+    samples = read_samples(metrics.render([], pools, QueueStats(9, 2, 3, 7000)).decode())
+
+    def get(name: str, **labels: str) -> float:
+        return samples[name, frozenset(labels.items())]
+
+    assert get("longctx_pool_workers", role="prefill", state="live") == 2
+    assert get("longctx_pool_workers", role="decode", state="starting") == 1
+    assert get("longctx_pool_pending_starts", role="decode", stage="placing") == 1
+    assert get("longctx_pool_target_workers", role="decode") == 2
+    assert ("longctx_pool_target_workers", frozenset({("role", "prefill")})) not in samples
+    assert get("longctx_pool_grown_total", role="decode") == 1
+    assert [get("longctx_queue_requests", waits_for=role) for role in ("prefill", "decode", "")] == [2, 3, 4]
+    assert get("longctx_queue_prefill_tokens") == 7000
+    assert get("longctx_ttft_window_seconds", quantile="0.9") == 2.0
+    assert not any(name == "longctx_tpot_window_seconds" for name, _ in samples)
+
+
+def test_the_window_forgets():
+    now = [0.0]
+    window = LatencyWindow(lambda: now[0])
+    for second in range(100):
+        now[0] = float(second)
+        window.add_ttft(second / 100, second)
+        window.add_tpot(second / 1000)
+    assert window.find_ttft(50.0, 9.0) == 0.94  # ten samples, the fifth
+    assert window.find_ttft(100.0, 1000.0, above=20, at_most=30) == 0.3
+    assert window.find_tpot(10.0, 9.0) == 0.09
+    assert window.find_ttft(90.0, 1000.0, above=500) is None
+    now[0] = 200.0
+    assert window.find_tpot(90.0, 30.0) is None
 
 
 def test_tpot_is_the_mean_of_the_later_tokens(monkeypatch):

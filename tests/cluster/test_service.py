@@ -14,7 +14,13 @@ from tests.ray_nodes import start_nodes
 pytestmark = pytest.mark.slow
 
 ENTRY = "from ray.serve.scripts import cli; cli()"
-OVERRIDES = ["engine.kv_bytes=64MiB", "engine.num_threads=1", "cluster.worker_cpus=0.1", "model.dtype=float32"]
+OVERRIDES = [
+    "cluster=elastic",
+    "engine.kv_bytes=64MiB",
+    "engine.num_threads=1",
+    "cluster.worker_cpus=0.1",
+    "model.dtype=float32",
+]
 
 
 def test_serve_starts_it_and_takes_it_away(tmp_path):
@@ -60,6 +66,11 @@ def test_serve_starts_it_and_takes_it_away(tmp_path):
         assert answer.json()["usage"]["completion_tokens"] == 8
         workers = httpx.get(f"{url}/status", timeout=10).json()["workers"]
         assert [worker["name"] for worker in workers] == ["prefill-0", "decode-0"]
+        wait_until(
+            lambda: (
+                [pool["target_workers"] for pool in httpx.get(f"{url}/status", timeout=10).json()["pools"]] == [1, 1]
+            )
+        )
         pids = [worker["pid"] for worker in workers]
         assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
         run_serve("shutdown", "--yes", address)
