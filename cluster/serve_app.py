@@ -96,6 +96,7 @@ class ServeApp:
 
     def make_exchange(self) -> Exchange:
         """How the autoscaler reaches the endpoint, whichever replica holds it."""
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # a replica that dies is ours to tell
         handles: list[Any] = []
 
         async def exchange(report: ScalingReport) -> Observation:

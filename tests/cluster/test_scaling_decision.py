@@ -147,6 +147,12 @@ def test_fewer_than_the_minimum_are_replaced_at_once():
     assert (pool.num_live, pool.numbers()) == (3, [2])
 
 
+def test_a_minimum_that_cannot_be_had_backs_off_too():
+    config = replace(CONFIG, prefill=PrefillScaling(min_workers=2, max_workers=2))
+    pool = Pool(config, fails=True).step(constant(0.0), 600)
+    assert 3 <= len(pool.changes) <= 8
+
+
 @pytest.mark.parametrize(("num_jobs", "expected"), [(1, []), (2, [1])])
 def test_a_missed_target_counts_while_jobs_share_workers(num_jobs, expected):
     """One prompt at a time is as late with ten workers."""
