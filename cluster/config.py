@@ -161,6 +161,12 @@ class ServeConfig:
         parts = (self.model, self.engine, self.attention, self.transport, self.cluster)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
+    def model_of(self, role: str) -> ModelConfig:
+        """The model as the workers of one role run it."""
+        own = self.cluster.group_of(role)
+        names = [name for name in ("dtype", "attention") if getattr(own, name) is not None]
+        return replace(self.model, **{name: getattr(own, name) for name in names})
+
     def engine_of(self, role: str) -> EngineConfig:
         """The engine of the workers of one role: what the role leaves out is everybody's."""
         own = self.cluster.group_of(role)

@@ -102,13 +102,20 @@ class _Deployment:
     def _sp_degree(self, role: str) -> int:
         return self.config.cluster.group_of(role).sp_degree
 
+    def _dtype(self, role: str) -> str:
+        own = self.config.cluster.group_of(role).dtype
+        if own is None:
+            return self.dtype
+        own = self.spec.dtype if own == "auto" else own
+        return "float32" if own == "float16" and self.limits.device_type == "cpu" else own
+
     def _contexts(self, role: str, sp_degree: int | None = None) -> Contexts:
         return choose_contexts(
             self.spec,
             self.method,
             self.config.engine_of(role),
             self.config.attention,
-            dtype=self.dtype,
+            dtype=self._dtype(role),
             device_type=self.limits.device_type,
             sp_degree=sp_degree or self._sp_degree(role),
         )
@@ -119,7 +126,7 @@ class _Deployment:
             engine or self.config.engine_of(role),
             self.config.attention,
             self._contexts(role),
-            dtype=self.dtype,
+            dtype=self._dtype(role),
             device_type=self.limits.device_type,
             memory_bytes=self.limits.memory_bytes,
             max_context=self.max_context,

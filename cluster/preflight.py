@@ -65,6 +65,8 @@ def _check_server(server: ServerConfig) -> ServerConfig:
 def _check_transport(config: ServeConfig) -> TransportConfig:
     """Whether what lies below can be sent, and secured; workers get its files' absolute paths."""
     transport, cluster = config.transport, config.cluster
+    if cluster.num_prefill_workers and config.model_of("prefill") != config.model_of("decode"):
+        transport = _check_conversion(config)
     sends_memory = cluster.num_prefill_workers > 0 and transport.name in ("shared_memory", "nixl")
     if sends_memory and config.attention.blocks == "file":
         raise ConfigError(
@@ -84,6 +86,18 @@ def _check_transport(config: ServeConfig) -> TransportConfig:
             "cluster.decode.sp_degree): what ranks exchange among themselves is not encrypted"
         )
     return transport
+
+
+def _check_conversion(config: ServeConfig) -> TransportConfig:
+    """Workers of the two roles have KV of their own kinds: over what it can travel."""
+    keys = "cluster.prefill and cluster.decode of another dtype or attention"
+    if config.transport.name not in ("auto", "tcp"):
+        raise ConfigError(
+            f"transport.name={config.transport.name} is not allowed with {keys}: KV is converted by tcp alone"
+        )
+    if config.engine.page_size is None:
+        raise ConfigError(f"engine.page_size=null is not allowed with {keys}: name one that both take, as 16")
+    return dataclasses.replace(config.transport, name="tcp")
 
 
 def _check_ranks(config: ServeConfig) -> ServeConfig:

@@ -141,7 +141,7 @@ class RankWorker:
         shards = ShardGroup(group, self.node_id, PlanChoice(plan, start.links), cluster.call_timeout_s)
         make_pool = choose_sending_pool(transport) if sends(cluster, self.role) else None
         rank = build_rank(
-            self.config.model,
+            self.config.model_of(self.role),
             self.config.engine_of(self.role),
             shards,
             attention=self.config.attention,

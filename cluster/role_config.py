@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from longctx.models.config import ATTENTION_NAMES, DTYPES
 from parallel.option import option, parse_budget
 from parallel.plans import PLANS
 
@@ -32,6 +33,12 @@ class RoleConfig:
         "PACK",
         "how Ray places the ranks of one worker: PACK on as few nodes as there is room on, STRICT_PACK on one node",
         choices=("PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"),
+    )
+    dtype: str | None = option(
+        None, "element type of their weights and KV, which is converted on its way; null: model.dtype", choices=DTYPES
+    )
+    attention: str | None = option(
+        None, "attention implementation that they run; null: model.attention", choices=ATTENTION_NAMES
     )
     kv_bytes: str | None = option(None, "KV budget of each of their ranks; null: engine.kv_bytes", parse=parse_budget)
     max_batch_tokens: int | None = option(

@@ -221,7 +221,7 @@ class Worker(ABC):
     async def _start_engine(self) -> Engine:
         build = partial(
             build_engine,
-            self.config.model,
+            self.config.model_of(self.role),
             self.config.engine_of(self.role),
             attention=self.config.attention,
             make_pool=self._make_pool(),

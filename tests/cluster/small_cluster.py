@@ -40,6 +40,8 @@ def make_config(
     prefill_ranks: int = 1,
     decode_ranks: int = 1,
     prefill_plan: str = "auto",
+    prefill_own: dict[str, Any] | None = None,
+    decode_own: dict[str, Any] | None = None,
     **options: Any,
 ) -> ServeConfig:
     """A deployment that ships every prompt; ``options`` are fields of any group."""
@@ -64,8 +66,8 @@ def make_config(
             ClusterConfig,
             num_prefill_workers=num_prefill,
             num_decode_workers=num_decode,
-            prefill=PrefillConfig(prefill_ranks, prefill_plan),
-            decode=DecodeConfig(decode_ranks),
+            prefill=PrefillConfig(prefill_ranks, prefill_plan, **(prefill_own or {})),
+            decode=DecodeConfig(decode_ranks, **(decode_own or {})),
             local_prefill_tokens=0,
             worker_timeout_s=2.0,
             recovery_timeout_s=0.0,

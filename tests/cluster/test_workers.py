@@ -6,8 +6,10 @@ from importlib.util import find_spec
 
 import pytest
 
+from cluster.config import RayConfig
 from cluster.openai_errors import to_api_error
-from longctx.errors import QueueFullError, RequestError
+from cluster.preflight import check
+from longctx.errors import ConfigError, QueueFullError, RequestError
 from longctx.messages import SamplingParams
 from tests.cluster.small_cluster import TRANSPORTS, generate_alone, join, make_config, make_prompt, start_cluster
 from tests.longctx.engines import GREEDY, make_request
@@ -73,6 +75,46 @@ def test_other_ways(folder, transport, codec):
     answers, num_shipped = asyncio.run(scenario())
     assert answers == generate_alone(config, requests)
     assert num_shipped > 0
+
+
+@pytest.mark.parametrize(
+    "prefill, decode",
+    [
+        ({"attention": "native"}, {}),
+        ({}, {"attention": "native"}),
+        ({"dtype": "bfloat16"}, {}),
+        ({"attention": "native"}, {"dtype": "bfloat16"}),
+    ],
+)
+def test_roles_of_their_own_kind(folder, prefill, decode):
+    """Pages in another order, or of other elements: converted on their way."""
+    config = make_config(folder, prefill_own=prefill, decode_own=decode, codec="zstd")
+    requests = [make_request(f"r{n}", make_prompt(n, n)) for n in LENGTHS]
+
+    async def scenario():
+        async with start_cluster(config) as cluster:
+            return (await cluster.answer_twice(requests))[0], cluster.num_shipped()
+
+    answers, num_shipped = asyncio.run(scenario())
+    expected = generate_alone(config, requests)
+    if "dtype" not in prefill | decode:
+        assert answers == expected
+    for answer, alone in zip(answers, expected, strict=True):
+        assert [len(each.token_ids) for each in answer] == [len(each.token_ids) for each in alone]
+        assert not any(each.error for each in answer)
+    assert num_shipped > 0
+
+
+def test_conversion_is_refused_where_it_cannot_be(folder):
+    for options, message in (
+        ({"transport": "shared_memory", "page_size": 16}, "converted by tcp alone"),
+        ({"page_size": None}, "engine.page_size=null"),
+    ):
+        config = make_config(folder, prefill_own={"dtype": "bfloat16"}, **options)
+        with pytest.raises(ConfigError, match=message):
+            check(config)
+    config = make_config(folder, prefill_own={"dtype": "bfloat16"}, transport="auto")
+    assert check(replace(config, ray=RayConfig(address="auto")))[0].transport.name == "tcp"
 
 
 @pytest.fixture(scope="module")
