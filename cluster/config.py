@@ -120,6 +120,12 @@ class ServerConfig:
     request_timeout_s: float = option(
         3600.0, "seconds a request may take in all; its field timeout may say less", above=0
     )
+    standby: bool = option(
+        True, "with a local Ray, a second process of the endpoint stands by and takes over when the first dies"
+    )
+    standby_timeout_s: float = option(
+        2.0, "seconds of silence after which the endpoint's process is taken for frozen, and killed", minimum=1
+    )
     tls_certificate: str | None = option(
         None, "PEM file of the endpoint's certificate and its chain; with it and tls_key the endpoint speaks HTTPS"
     )

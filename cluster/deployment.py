@@ -137,7 +137,7 @@ class Deployment:
         self._host = {"0.0.0.0": "127.0.0.1" if is_here else head, "::": "::1" if is_here else head}.get(
             server.host, server.host
         )
-        app = ServeApp(self._config, has_proxy=not self._session.is_local)
+        app = ServeApp(self._config, has_proxy=not self._session.is_local, folder=self._session.folder)
         app.join()
         if is_here and not self._session.is_local and not app.found_serve:
             check_port(server)

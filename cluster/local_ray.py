@@ -74,6 +74,11 @@ class RaySession:
         self._ray: Any = None  # the module, once it is imported: a signal in the middle leaves it unusable
 
     @property
+    def folder(self) -> Path | None:
+        """Of a local Ray, gone when it stops."""
+        return self._temp_dir
+
+    @property
     def is_local(self) -> bool:
         """Whether the Ray is ours to stop."""
         return self._config.address is None

@@ -7,7 +7,8 @@ process on its way out. In a cluster that was joined, Serve's HTTP proxy listens
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -15,15 +16,19 @@ from ray.serve.config import HTTPOptions
 from starlette.applications import Starlette
 
 from cluster.autoscale.autoscaler import Exchange
-from cluster.config import ServeConfig, ServerConfig
+from cluster.config import ServeConfig
 from cluster.endpoint import make_app
 from cluster.listener import ENDING_S, Listener
 from cluster.messages import Observation, ScalingReport
 from cluster.ray_handle import list_workers, make_roster
 from cluster.router import Router
 from cluster.serving import ServedModel
+from cluster.standby import Turn
 from longctx.errors import ConfigError
 from longctx.terminal_log import log_to_terminal
+
+if TYPE_CHECKING:
+    from longctx.models.tokenizer import Tokenizer
 
 MAX_ONGOING = 100_000  # ours to refuse (server.max_requests), with an answer that says so
 GRACE_S = 3.0
@@ -31,6 +36,9 @@ HEALTH_PERIOD_S = 5.0
 HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node
 SERVE_CONTROLLER_NAME, SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 SERVE_TIMEOUT_S = 30.0
+STANDBY_DELAY_S, STANDBY_POLL_S = 5.0, 0.05
+
+logger = logging.getLogger(__name__)
 EXCHANGE_TIMEOUT_S = 10.0
 
 
@@ -40,10 +48,12 @@ class ServeApp:
     Args:
         config: the deployment's.
         has_proxy: requests come through Serve's proxy.
+        folder: of this deployment alone, on the endpoint's host; None: no second process stands by.
     """
 
-    def __init__(self, config: ServeConfig, *, has_proxy: bool) -> None:
+    def __init__(self, config: ServeConfig, *, has_proxy: bool, folder: Path | None = None) -> None:
         self._config = config
+        self._turn_file = None if folder is None else folder / "endpoint.turn"
         self._has_proxy = has_proxy
         self._name = config.ray.namespace
         self._owns_serve = True  # nobody else used Serve before us
@@ -85,14 +95,14 @@ class ServeApp:
         )
         location = "HeadOnly" if self._has_proxy else "Disabled"
         serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
-        deployment = serve.deployment(**deployment_options())
-        build = _make_builder(self._config, model)
         if self._has_proxy:
-            behind: Any = deployment(serve.ingress(build)(BehindProxy))
+            build = _make_builder(self._config, model)
+            behind: Any = serve.deployment(**deployment_options())(serve.ingress(build)(BehindProxy))
             serve.run(behind.bind(), name=self._name, route_prefix="/")
         else:
-            listening: Any = deployment(_Listening)
-            serve.run(listening.bind(build, self._config.server), name=self._name, route_prefix=None)
+            turn_file = self._turn_file if server.standby else None
+            listening: Any = serve.deployment(**deployment_options(1 if turn_file is None else 2))(_Listening)
+            serve.run(listening.bind(self._config, model, turn_file), name=self._name, route_prefix=None)
 
     def make_exchange(self) -> Exchange:
         """How the autoscaler reaches the endpoint, whichever replica holds it."""
@@ -103,7 +113,11 @@ class ServeApp:
             if not handles:
                 handles.append(await asyncio.to_thread(serve.get_app_handle, self._name))
             async with asyncio.timeout(EXCHANGE_TIMEOUT_S):
-                return await handles[0].exchange.remote(report)
+                while True:  # Serve knows no difference between the replica that serves and the one that stands by
+                    observation = await handles[0].exchange.remote(report)
+                    if observation is not None:
+                        return observation
+                    await asyncio.sleep(0.05)
 
         return exchange
 
@@ -111,6 +125,8 @@ class ServeApp:
         """End the endpoint if it was begun, and Serve with it unless others use it."""
         if not self._is_deployed:
             return
+        if self._turn_file is not None:
+            self._turn_file.unlink(missing_ok=True)
         if not self._owns_serve or set(serve.status().applications) - {self._name}:
             serve.delete(self._name)
         else:
@@ -128,29 +144,63 @@ class BehindProxy:
 
 
 class _Listening:
-    """A replica that listens itself. Serve waits for the constructor, asks for its health and calls ``__del__``."""
+    """A replica that listens itself, or stands by for the one that does.
 
-    async def __init__(self, build: Callable[[], Starlette], server: ServerConfig) -> None:
-        self._app = build()
-        self._listener = Listener(self._app, server, grace_s=GRACE_S)
+    Serve waits for the constructor, asks for its health and calls ``__del__``.
+    """
+
+    async def __init__(self, config: ServeConfig, model: ServedModel, turn_file: Path | None) -> None:
+        self._config, self._model = config, model
+        self._listener: Listener | None = None
+        self._standing_by: asyncio.Task[None] | None = None
+        self._turn = None if turn_file is None else Turn(turn_file, patience_s=config.server.standby_timeout_s)
+        if self._turn is None or self._turn.take():
+            await self._begin(load_endpoint(config))
+        else:
+            self._standing_by = asyncio.create_task(self._stand_by(self._turn))
+
+    async def _begin(self, tokenizer: "Tokenizer") -> None:
+        self._app = make_router_app(self._config, self._model, tokenizer)
+        self._listener = Listener(self._app, self._config.server, grace_s=GRACE_S)
         await self._listener.start()
 
-    async def exchange(self, report: ScalingReport) -> Observation:
-        """See ``PoolBoard.exchange``."""
-        return await self._app.state.board.exchange(report)
+    async def _stand_by(self, turn: Turn) -> None:
+        await asyncio.sleep(STANDBY_DELAY_S)  # what serves starts faster alone
+        tokenizer = await asyncio.to_thread(load_endpoint, self._config)
+        await asyncio.to_thread(list_workers, self._config.ray.namespace)  # so that Ray knows what actors they are
+        while not turn.take():
+            if turn.is_over():
+                return
+            turn.free_from_frozen()
+            await asyncio.sleep(STANDBY_POLL_S)
+        if not turn.is_over():
+            logger.warning("the endpoint is gone: this process, which stood by, serves from now on")
+            await self._begin(tokenizer)
+
+    async def exchange(self, report: ScalingReport) -> Observation | None:
+        """See ``PoolBoard.exchange``; None: another replica serves."""
+        return None if self._listener is None else await self._app.state.board.exchange(report)
 
     async def check_health(self) -> None:
-        self._listener.check()
+        if self._listener is not None:
+            self._listener.check()
+        elif self._standing_by is not None and self._standing_by.done():
+            self._standing_by.result()  # raises what ended it
 
     async def __del__(self) -> None:
-        await self._listener.stop()
+        if self._standing_by is not None:
+            self._standing_by.cancel()
+        if self._listener is not None:
+            await self._listener.stop()
+        if self._turn is not None:
+            self._turn.close()
 
 
-def deployment_options() -> dict[str, Any]:
+def deployment_options(num_replicas: int = 1) -> dict[str, Any]:
     """How Serve runs the endpoint."""
     return {
         "name": "endpoint",
-        "num_replicas": 1,
+        "num_replicas": num_replicas,
         "max_ongoing_requests": MAX_ONGOING,
         "ray_actor_options": {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}},  # with the proxy: one host to lose
         "graceful_shutdown_timeout_s": GRACE_S + ENDING_S,
@@ -160,14 +210,18 @@ def deployment_options() -> dict[str, Any]:
     }
 
 
-def make_router_app(config: ServeConfig, model: ServedModel) -> Starlette:
-    """The application in the replica's process, where neither torch nor an engine is loaded."""
+def load_endpoint(config: ServeConfig) -> "Tokenizer":
+    """What takes long of the endpoint's start, in its process: neither torch nor an engine is loaded."""
     from longctx.models.checkpoint import inspect_checkpoint
     from longctx.models.tokenizer import load_tokenizer
 
     log_to_terminal("endpoint", logging.WARNING)
     logging.getLogger("cluster.router").setLevel(logging.INFO)  # workers that come and go
-    tokenizer = load_tokenizer(inspect_checkpoint(config.model.path), config.model.chat_template)
+    return load_tokenizer(inspect_checkpoint(config.model.path), config.model.chat_template)
+
+
+def make_router_app(config: ServeConfig, model: ServedModel, tokenizer: "Tokenizer") -> Starlette:
+    """The application, with a router of its own: workers give up what another one asked."""
     handles = list_workers(config.ray.namespace)  # some may have come or gone since the deployment began
     roster = make_roster(config.ray.namespace)
     return make_app(Router(handles, config, model=model, tokenizer=tokenizer, roster=roster), config.server)
@@ -175,6 +229,6 @@ def make_router_app(config: ServeConfig, model: ServedModel) -> Starlette:
 
 def _make_builder(config: ServeConfig, model: ServedModel) -> Callable[[], Starlette]:
     def build() -> Starlette:
-        return make_router_app(config, model)
+        return make_router_app(config, model, load_endpoint(config))
 
     return build

@@ -22,7 +22,7 @@ from cluster.autoscale.ray_fleet import AutoscalerThread
 from cluster.config import ServeConfig
 from cluster.messages import Observation, ScalingReport
 from cluster.preflight import check
-from cluster.serve_app import BehindProxy, deployment_options, make_router_app
+from cluster.serve_app import BehindProxy, deployment_options, load_endpoint, make_router_app
 from cluster.serving import NotReadyError, ServedModel
 from cluster.worker_actors import create_workers, start_workers, wait_for_workers
 from longctx.config import compose
@@ -65,7 +65,7 @@ def _start(config: ServeConfig, model: ServedModel) -> Starlette:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     groups = list(create_workers(config, nodes, shares_cores=config.cluster.max_processes > len(nodes)))
     wait_for_workers(start_workers(groups), timeout_s=config.cluster.start_timeout_s)
-    app = make_router_app(config, model)
+    app = make_router_app(config, model, load_endpoint(config))
     app.state.workers = groups  # owned as long as the application lives
     if config.cluster.autoscale.enabled:
         app.state.autoscaler = AutoscalerThread(config, _make_exchange(app))

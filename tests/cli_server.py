@@ -21,7 +21,7 @@ START_TIMEOUT_S = 240.0  # about 15 s on an idle machine
 STOP_TIMEOUT_S = 60.0
 ASK_TIMEOUT_S = 180.0
 LONGCTX = (sys.executable, "-m", "longctx.cli.main")
-SMALL = ("engine.kv_bytes=64MiB", "engine.num_threads=1", "cluster.worker_cpus=0.1")
+SMALL = ("engine.kv_bytes=64MiB", "engine.num_threads=1", "cluster.worker_cpus=0.1", "server.standby=false")
 SEGMENTS = Path("/dev/shm")
 
 

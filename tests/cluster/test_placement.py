@@ -1,4 +1,4 @@
-"""Where Ray puts the ranks of a worker: together, each worker on a node of its own, and on nodes of its kind."""
+"""Where Ray puts the ranks of a worker: together, and on nodes of its kind."""
 
 import os
 import subprocess
@@ -36,8 +36,7 @@ try:
         for group, _ in placed:
             remove_placement_group(group)
         nodes = [nodes for _, nodes in placed]
-        assert all(len(set(each)) == 1 for each in nodes), nodes  # ranks together
-        assert len({each[0] for each in nodes}) == 2, nodes  # workers apart
+        assert all(len(set(each)) == 1 for each in nodes), nodes
         return {kinds[each[0]] for each in nodes}
 
     spread(Needs(1.0, 0.0))
@@ -52,7 +51,7 @@ finally:
 """
 
 
-def test_ranks_are_together_and_workers_apart():
+def test_ranks_are_together():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         env=os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
