@@ -20,7 +20,7 @@ from ray._private.worker import global_worker
 
 from memory.codecs import concatenate
 from memory.config import TransportConfig
-from memory.frames import MAX_CONTROL_BYTES, Buffer, Header, checksum
+from memory.frames import MAX_CONTROL_BYTES, Buffer, Header, checksum, read_object
 from memory.layout import KVLayout
 from memory.leases import LeaseError, Session
 from memory.link import Payloads
@@ -75,7 +75,7 @@ class ObjectPeer(Peer):
         if checksum([payload]) != header.checksum:
             return False
         try:
-            name = json.loads(payload)
+            name = read_object(payload)
             blocks, expected = self._get(name["object"], name["owner"]), name["checksum"]
         except (ValueError, KeyError, TypeError) as error:
             raise LeaseError(f"a frame names no object: {error}") from None

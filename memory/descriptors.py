@@ -20,6 +20,7 @@ from memory.peer import Peer
 from memory.tensor_blocks import digest_pages
 
 CHECKSUM = struct.Struct("<Q")
+_MAX_PAGES = 1 << 32  # that frames can name
 
 
 class DescriptorPayloads(Payloads):
@@ -50,7 +51,7 @@ class DescriptorPeer(Peer):
     def _greet(self, lease: Lease, details: dict[str, Any]) -> None:
         super()._greet(lease, details)
         num_pages = details.get("num_pages")
-        if not isinstance(num_pages, int) or num_pages < 1:
+        if not isinstance(num_pages, int) or not 1 <= num_pages <= _MAX_PAGES:
             raise LeaseError("HELLO does not say how many pages the sender has")
         if self._num_pages not in (0, num_pages):
             raise LeaseError(f"this connection's sender has {self._num_pages} pages, not {num_pages}")

@@ -19,6 +19,7 @@ lease's end comes before what it says to later frames of that lease.
 """
 
 import hmac
+import json
 import select
 import socket
 import struct
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import xxhash
 
@@ -37,6 +39,7 @@ _MAC_BYTES = 16
 HEADER_BYTES = _FIELDS.size + _MAC_BYTES
 NONCE_BYTES = 16
 MAX_CONTROL_BYTES = 1 << 20  # payload of any frame but DATA
+MAX_ANSWER_BYTES = 1 << 12  # payload of what a receiver says: a nonce, or a reason
 MAX_FRAME_BYTES = 1 << 30
 MAX_FRAME_PAGES = 512  # keeps one frame's buffers under the kernel's limit of 1024
 _SCRATCH_BYTES = 1 << 16
@@ -84,13 +87,19 @@ class Header:
         return fields + (_mac(fields, key) if key else bytes(_MAC_BYTES))
 
     @classmethod
-    def unpack(cls, raw: Buffer) -> "Header":
-        """Read ``HEADER_BYTES`` bytes; raises ``FrameError`` if they are none of this version; checks no signature."""
+    def unpack(cls, raw: Buffer, *, is_answer: bool = False) -> "Header":
+        """Read ``HEADER_BYTES`` bytes, a receiver's with ``is_answer``; checks no signature.
+
+        Raises ``FrameError`` if they are none of this version, or announce more than such a frame may hold.
+        """
         magic, version, kind, zero, *fields = _FIELDS.unpack_from(raw)
         if magic != MAGIC or version != VERSION or zero:
             raise FrameError(f"not a frame of protocol {MAGIC.decode()} version {VERSION}")
         header = cls(kind, *fields)
         limit = MAX_FRAME_BYTES if kind == Kind.DATA else MAX_CONTROL_BYTES
+        limit = MAX_ANSWER_BYTES if is_answer else limit
+        if header.num_pages > MAX_FRAME_PAGES:
+            raise FrameError(f"a frame of {header.num_pages} pages; at most {MAX_FRAME_PAGES} are allowed")
         if header.payload_bytes > limit:
             raise FrameError(f"a payload of {header.payload_bytes} bytes; at most {limit} are allowed")
         return header
@@ -120,6 +129,18 @@ def control(kind: Kind, lease_id: int, epoch: int, payload: bytes, *, key: bytes
     """The buffers of a frame that carries no blocks."""
     header = Header(kind, lease_id, epoch, payload_bytes=len(payload), checksum=checksum([payload]))
     return [header.pack(key), payload] if payload else [header.pack(key)]
+
+
+def read_object(payload: Buffer) -> dict[str, Any]:
+    """The JSON object in a payload, all of it text that can be quoted; raises ``ValueError``."""
+    try:
+        content = json.loads(bytes(payload))
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can escape half a surrogate pair
+    except (ValueError, RecursionError):
+        raise ValueError("the payload is not JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("the payload is not an object")
+    return content
 
 
 def _mac(fields: Buffer, key: bytes) -> bytes:
@@ -229,7 +250,7 @@ class FrameSocket:
             ready = self.wait(events, deadline)
             if on_readable and ready & select.POLLIN:
                 on_readable()
-            if not ready and time.monotonic() >= deadline:
+            if not ready & select.POLLOUT and time.monotonic() >= deadline:  # however much it says meanwhile
                 raise TimeoutError(f"the peer took no data in time, {cursor.remaining} bytes are left")
 
     def _send_some(self, cursor: Cursor) -> int:

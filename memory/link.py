@@ -23,6 +23,7 @@ import torch
 from memory.config import TransportConfig
 from memory.frames import (
     HEADER_BYTES,
+    NONCE_BYTES,
     Buffer,
     Cursor,
     FrameError,
@@ -180,9 +181,11 @@ class Link(threading.Thread):
         self._await_connection(channel, sock, where, deadline)
         channel.secure(deadline)
         raw = self._await(channel, HEADER_BYTES, deadline)
-        header = Header.unpack(raw)
+        header = Header.unpack(raw, is_answer=True)
         if header.kind != Kind.WELCOME:
             raise FrameError(f"the receiver began with a frame of kind {header.kind}")
+        if header.payload_bytes != NONCE_BYTES:
+            raise FrameError(f"the receiver drew a nonce of {header.payload_bytes} bytes, not {NONCE_BYTES}")
         self._nonce = bytes(self._await(channel, header.payload_bytes, deadline))
         return channel
 
@@ -301,7 +304,7 @@ class Link(threading.Thread):
         num_bytes = self._channel.receive_some(Cursor([self._scratch]))
         self._received += memoryview(self._scratch)[:num_bytes]
         while len(self._received) >= HEADER_BYTES:
-            header = Header.unpack(self._received)
+            header = Header.unpack(self._received, is_answer=True)
             end = HEADER_BYTES + header.payload_bytes
             if len(self._received) < end:
                 return

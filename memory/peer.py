@@ -6,7 +6,6 @@ then queued and the thread is woken, which says ACK or NACK before it answers an
 Subclasses say how a DATA frame's blocks get into the pages: out of the socket, or out of the sender's memory.
 """
 
-import json
 import logging
 import secrets
 import select
@@ -33,6 +32,7 @@ from memory.frames import (
     checksum,
     control,
     is_signed,
+    read_object,
     session_key,
 )
 from memory.leases import Lease, LeaseError, LeaseTable, Session
@@ -152,11 +152,10 @@ class Peer(threading.Thread, ABC):
         self._channel.send(control(Kind.WELCOME, 0, 0, self._nonce, key=b""), trusted_by)
         while True:
             self._tell_ends()
-            idle_until = time.monotonic() + _IDLE_S if is_trusted else trusted_by
-            if self._channel.wait(select.POLLIN, idle_until):
-                is_trusted |= self._serve_frame(time.monotonic() + self._config.send_timeout_s)
-            elif not is_trusted and time.monotonic() >= trusted_by:
+            if not is_trusted and time.monotonic() >= trusted_by:  # whatever else came
                 raise TimeoutError("no valid frame came in time")
+            if self._channel.wait(select.POLLIN, time.monotonic() + _IDLE_S if is_trusted else trusted_by):
+                is_trusted |= self._serve_frame(time.monotonic() + self._config.send_timeout_s)
 
     def _serve_frame(self, deadline: float) -> bool:
         """Read and serve one frame; whether it was authentic. A bad one is answered with NACK."""
@@ -171,7 +170,7 @@ class Peer(threading.Thread, ABC):
         try:
             self._serve_admitted(session, header, deadline)
         except LeaseError as error:
-            self._leases.fail(session.lease, str(error))
+            self._leases.fail(session.lease, str(error)[:_MAX_REASON])
         return True
 
     def _admit(self, raw: bytearray, header: Header) -> Session:
@@ -222,7 +221,7 @@ class Peer(threading.Thread, ABC):
         elif header.kind == Kind.COMMIT:
             self._leases.commit(session, payload)
         elif header.kind == Kind.ABORT:
-            self._leases.fail(session.lease, payload.decode(errors="replace"))
+            self._leases.fail(session.lease, payload.decode(errors="replace")[:_MAX_REASON])
         else:
             raise LeaseError(f"frames of kind {header.kind} are not for receivers")
 
@@ -231,11 +230,9 @@ class Peer(threading.Thread, ABC):
         if session.has_greeted:
             raise LeaseError("a sender opened the lease twice")
         try:
-            details = json.loads(payload)
-        except ValueError:
-            raise LeaseError("HELLO's payload is not JSON") from None
-        if not isinstance(details, dict):
-            raise LeaseError("HELLO's payload is not an object")
+            details = read_object(payload)
+        except ValueError as error:
+            raise LeaseError(f"HELLO: {error}") from None
         self._greet(session.lease, details)
         session.has_greeted = True
 

@@ -36,7 +36,7 @@ class BlockPeer(FillingPeer):
 
     def _greet(self, lease: Lease, details: dict[str, Any]) -> None:
         super()._greet(lease, details)
-        name = details.get("codec", "none")
+        name = str(details.get("codec", "none"))
         if self._codec is None or self._codec.name != name:
             try:
                 self._codec = make_codec(name, self._pool.layout)

@@ -186,7 +186,10 @@ class GroupPeer(Peer):
         if theirs != ours:
             raise LeaseError(f"the sender's pages are in {theirs} memory, the receiver's in {ours}: use transport=tcp")
         match details.get("meeting"):
-            case [str(host), int(port), str(name)] if self._meeting in (None, (host, port, name)):
+            case [str(host), int(port), str(name)] if 0 < port < 1 << 16 and self._meeting in (
+                None,
+                (host, port, name),
+            ):
                 self._meeting = host, port, name
             case other:
                 raise LeaseError(f"HELLO names no meeting, or another one than before: {other}")
