@@ -7,11 +7,17 @@ from typing import Any, Self
 from starlette.types import Scope
 
 from cluster import fields
+from cluster.fields import Reader
 from cluster.openai_errors import ApiError, unavailable
 
 HEADER = "x-request-timeout"
 # The client has stopped to wait: its library must not ask again by itself, as it does after other 5xx.
 NO_RETRY = {"x-should-retry": "false"}
+
+
+def timeout_reader(longest_s: float) -> Reader:
+    """Of what a request may ask for."""
+    return fields.number(0.0, longest_s, above=True)
 
 
 class Deadline:
@@ -63,6 +69,6 @@ class Deadline:
         return ApiError(504, text, kind="timeout_error", code="deadline_exceeded", headers=NO_RETRY)
 
     def _set(self, value: Any, name: str) -> None:
-        asked_s: float = fields.number(0.0, self._longest_s, above=True)(value, name)
+        asked_s: float = timeout_reader(self._longest_s)(value, name)
         self._asked_s = asked_s
         self._timeout.reschedule(self._began_s + asked_s)

@@ -27,8 +27,9 @@ from cluster.config import ServerConfig
 from cluster.key_ring import KeyRing
 from cluster.metrics import Metrics
 from cluster.openai_errors import RETRY_AFTER_S, http_error, json_response, to_api_error
+from cluster.openapi import describe_api
 from cluster.rate_limit import Places, Tenants
-from cluster.routes import ChatRoute, CompletionRoute, unknown_model
+from cluster.routes import ChatRoute, CompletionRoute, most_prompts, unknown_model
 from cluster.serving import Health, ServingBackend, WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
     places = Places(server.max_requests, time.monotonic, on_change=metrics.in_progress.set)
     completions = CompletionRoute(backend, server, metrics=metrics, places=places)
     chat = ChatRoute(backend, server, metrics=metrics, places=places)
-    pages = Pages(backend, metrics=metrics, places=places, board=board)
     ring = KeyRing(server)
+    pages = Pages(backend, server, ring, metrics=metrics, places=places, board=board)
     tenants = Tenants(server, has_keys=not ring.is_open)
 
     @asynccontextmanager
@@ -65,6 +66,7 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
             Route("/health", pages.get_health, methods=["GET"]),
             Route("/metrics", pages.get_metrics, methods=["GET"]),
             Route("/status", pages.get_status, methods=["GET"]),
+            Route("/openapi.json", pages.get_description, methods=["GET"]),
         ],
         middleware=[Middleware(FailureGuard), Middleware(KeyCheck, ring, tenants=tenants)],
         exception_handlers={HTTPException: _answer_http_error},
@@ -77,8 +79,19 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
 class Pages:
     """The routes that only tell."""
 
-    def __init__(self, backend: ServingBackend, *, metrics: Metrics, places: Places, board: PoolBoard) -> None:
+    def __init__(
+        self,
+        backend: ServingBackend,
+        server: ServerConfig,
+        ring: KeyRing,
+        *,
+        metrics: Metrics,
+        places: Places,
+        board: PoolBoard,
+    ) -> None:
         self._backend = backend
+        self._server = server
+        self._ring = ring
         self._metrics = metrics
         self._places = places
         self._board = board
@@ -127,6 +140,14 @@ class Pages:
             "autoscaler_silence_s": self._board.silence_s,
             "workers": [dataclasses.asdict(worker) for worker in workers],
         }
+        return json_response(content)
+
+    async def get_description(self, request: Request) -> Response:
+        """The OpenAPI description."""
+        max_prompts, _ = most_prompts(self._server)
+        content = describe_api(
+            self._backend.model, self._server, max_prompts=max_prompts, needs_key=not self._ring.is_open
+        )
         return json_response(content)
 
     def _describe_model(self) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Readers of single request fields: each returns the value it was given, or raises an error naming what is allowed.
 
-A reader is ``(value, name) -> value``; ``null`` never reaches one, it means that the field was left out.
+``null`` never reaches a reader, it means that the field was left out. What a reader takes is also its JSON Schema, of
+which the endpoint's description is made (``cluster/openapi.py``).
 """
 
 import math
 import reprlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from longctx.errors import RequestError
@@ -15,7 +17,23 @@ QUOTE.maxstring = QUOTE.maxother = 80
 
 T = TypeVar("T")
 
-Reader = Callable[[Any, str], Any]
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads the value of one field.
+
+    Args:
+        read: ``(value, name) -> value``; raises ``RequestError``.
+        schema: what it takes, as JSON Schema.
+    """
+
+    read: Callable[[Any, str], Any]
+    schema: Schema
+
+    def __call__(self, value: Any, name: str) -> Any:
+        return self.read(value, name)
 
 
 def bad_value(name: str, value: Any, allowed: str) -> RequestError:
@@ -23,8 +41,7 @@ def bad_value(name: str, value: Any, allowed: str) -> RequestError:
     return RequestError(f"{name}={QUOTE.repr(value)} is not allowed: {allowed}", param=name)
 
 
-def boolean(value: Any, name: str) -> bool:
-    """True or false."""
+def _boolean(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise bad_value(name, value, "true or false")
     return value
@@ -38,7 +55,7 @@ def integer(low: int, high: int) -> Reader:
             raise bad_value(name, value, f"a whole number from {low} to {high}")
         return value
 
-    return read
+    return Reader(read, {"type": "integer", "minimum": low, "maximum": high})
 
 
 def number(low: float, high: float, *, above: bool = False) -> Reader:
@@ -51,11 +68,11 @@ def number(low: float, high: float, *, above: bool = False) -> Reader:
             raise bad_value(name, value, bounds + (f" up to {high:g}" if math.isfinite(high) else ""))
         return float(value)
 
-    return read
+    schema: Schema = {"type": "number", "exclusiveMinimum" if above else "minimum": low}
+    return Reader(read, schema | ({"maximum": high} if math.isfinite(high) else {}))
 
 
-def string(value: Any, name: str) -> str:
-    """A text that has a UTF-8 form: JSON can escape half a surrogate pair, which has none."""
+def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise bad_value(name, value, "a string")
     if not value.isascii():
@@ -75,14 +92,19 @@ def choice(*allowed: Any) -> Reader:
             raise bad_value(name, value, "only " + " or ".join(repr(one) for one in allowed) + " is supported")
         return value
 
-    return read
+    return Reader(read, {"enum": list(allowed)})
 
 
-def mapping(value: Any, name: str) -> dict[str, Any]:
-    """A JSON object."""
+def _mapping(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad_value(name, value, "an object")
     return value
+
+
+boolean = Reader(_boolean, {"type": "boolean"})
+# A text that has a UTF-8 form: JSON can escape half a surrogate pair, which has none.
+string = Reader(_string, {"type": "string"})
+mapping = Reader(_mapping, {"type": "object"})
 
 
 def options(kind: type[T], readers: dict[str, Reader]) -> Reader:
@@ -97,7 +119,8 @@ def options(kind: type[T], readers: dict[str, Reader]) -> Reader:
                 values[key] = readers[key](entry, f"{name}.{key}")
         return kind(**values)
 
-    return read
+    properties = {key: nullable(reader.schema) for key, reader in readers.items()}
+    return Reader(read, {"type": "object", "properties": properties, "additionalProperties": False})
 
 
 def strings(most: int) -> Reader:
@@ -113,25 +136,45 @@ def strings(most: int) -> Reader:
             raise bad_value(name, value, f"a non-empty string, or a list of at most {most} of them")
         return tuple(string(text, name) for text in texts)
 
-    return read
+    text: Schema = {"type": "string", "minLength": 1}
+    return Reader(read, {"anyOf": [text, {"type": "array", "items": text, "maxItems": most}]})
 
 
-def token_ids(value: Any, name: str, *, vocab_size: int) -> tuple[int, ...]:
-    """Ids below ``vocab_size``, as a tuple."""
-    if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
-        raise bad_value(name, value, "a list of token ids")
-    if value and not (min(value) >= 0 and max(value) < vocab_size):
-        wrong = next(token_id for token_id in value if not 0 <= token_id < vocab_size)
-        raise RequestError(f"{name} holds token id {wrong}; allowed are 0 to {vocab_size - 1}", param=name)
-    return tuple(value)
+def token_ids(vocab_size: int) -> Reader:
+    """A reader of a list of ids below ``vocab_size``; gives a tuple."""
+
+    def read(value: Any, name: str) -> tuple[int, ...]:
+        if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
+            raise bad_value(name, value, "a list of token ids")
+        if value and not (min(value) >= 0 and max(value) < vocab_size):
+            wrong = next(token_id for token_id in value if not 0 <= token_id < vocab_size)
+            raise RequestError(f"{name} holds token id {wrong}; allowed are 0 to {vocab_size - 1}", param=name)
+        return tuple(value)
+
+    return Reader(read, {"type": "array", "items": integer(0, vocab_size - 1).schema})
 
 
-def logit_bias(value: Any, name: str, *, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    """Pairs (token id, bias) of an object keyed by token ids."""
+def logit_bias(vocab_size: int) -> Reader:
+    """A reader of an object keyed by token ids; gives pairs (token id, bias)."""
     read_bias = number(-100.0, 100.0)
-    pairs: list[tuple[int, float]] = []
-    for key, bias in mapping(value, name).items():
-        if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):
-            raise bad_value(name, key, f"its keys are token ids from 0 to {vocab_size - 1}")
-        pairs.append((int(key), read_bias(bias, f"{name}.{key}")))
-    return tuple(pairs)
+
+    def read(value: Any, name: str) -> tuple[tuple[int, float], ...]:
+        pairs: list[tuple[int, float]] = []
+        for key, bias in mapping(value, name).items():
+            if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < vocab_size):
+                raise bad_value(name, key, f"its keys are token ids from 0 to {vocab_size - 1}")
+            pairs.append((int(key), read_bias(bias, f"{name}.{key}")))
+        return tuple(pairs)
+
+    keys: Schema = {"pattern": "^[0-9]{1,11}$"}
+    return Reader(read, {"type": "object", "propertyNames": keys, "additionalProperties": read_bias.schema})
+
+
+def described(reader: Reader, **schema: Any) -> Reader:
+    """The same reader, of which more is known than it checks: its user checks the rest."""
+    return Reader(reader.read, reader.schema | schema)
+
+
+def nullable(schema: Schema) -> Schema:
+    """What ``schema`` has, or null, which is the same as leaving the field out."""
+    return {"anyOf": [schema, {"type": "null"}]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster import fields
-from cluster.fields import Reader, bad_value
+from cluster.fields import Reader, Schema, bad_value
 from cluster.serving import ServedModel
 from longctx.errors import RequestError
 from longctx.messages import AttentionOptions, SamplingParams
@@ -35,6 +35,13 @@ HARMLESS = frozenset(
     }
 )
 
+# Arguments of the renderer, not variables of a chat template.
+RESERVED_KWARGS = frozenset({"self", "messages", "conversation", "chat_template", "tokenize", "tools", "documents"}) | {
+    "return_dict",
+    "return_tensors",
+    "tokenizer_kwargs",
+}
+
 SAMPLING: dict[str, Reader] = {
     "n": fields.integer(1, MAX_N),
     "min_tokens": fields.integer(0, COUNT),
@@ -55,7 +62,11 @@ SAMPLING: dict[str, Reader] = {
 SHARED: dict[str, Reader] = SAMPLING | {
     "model": fields.string,
     "stream": fields.boolean,
-    "stream_options": fields.mapping,
+    "stream_options": fields.described(
+        fields.mapping,
+        properties=dict.fromkeys(("include_usage", "include_obfuscation"), fields.nullable(fields.boolean.schema)),
+        additionalProperties=False,
+    ),
     "max_tokens": fields.integer(1, COUNT),
     "cache_salt": fields.string,
     "timeout": fields.number(0.0, math.inf, above=True),  # cluster/deadline.py knows the most, and read it before
@@ -70,19 +81,13 @@ CHAT: dict[str, Reader] = SHARED | {
     "max_completion_tokens": fields.integer(1, COUNT),
     "logprobs": fields.boolean,
     "top_logprobs": fields.integer(0, MAX_LOGPROBS),
-    "response_format": fields.mapping,
-    "chat_template_kwargs": fields.mapping,
+    "response_format": fields.described(fields.mapping, enum=[{"type": "text"}]),
+    "chat_template_kwargs": fields.described(fields.mapping, propertyNames={"not": {"enum": sorted(RESERVED_KWARGS)}}),
     "modalities": fields.choice(["text"]),
     "tools": fields.choice([]),
     "tool_choice": fields.choice("none"),
     "functions": fields.choice([]),
     "function_call": fields.choice("none"),
-}
-# Arguments of the renderer, not variables of a chat template.
-RESERVED_KWARGS = frozenset({"self", "messages", "conversation", "chat_template", "tokenize", "tools", "documents"}) | {
-    "return_dict",
-    "return_tensors",
-    "tokenizer_kwargs",
 }
 MESSAGE_ROLES = ("system", "developer", "user", "assistant")
 
@@ -121,7 +126,7 @@ def parse_completion(
     """The request in ``body``; raises ``RequestError`` naming the field at fault. ``limit`` is what the most is of."""
     prompts = _prompts(body.get("prompt"), model, max_prompts=max_prompts, limit=limit)
     values = _read_fields(
-        {key: value for key, value in body.items() if key != "prompt"}, COMPLETION, model, known="prompt"
+        {key: value for key, value in body.items() if key != "prompt"}, completion_readers(model), known="prompt"
     )
     if values.get("best_of", values.get("n", 1)) != values.get("n", 1):
         raise bad_value("best_of", values["best_of"], "every sequence is returned, so it must equal n")
@@ -138,7 +143,7 @@ def parse_chat(body: dict[str, Any], model: ServedModel) -> ChatCall:
     """The request in ``body``; raises ``RequestError`` naming the field at fault."""
     messages = _messages(body.get("messages"))
     values = _read_fields(
-        {key: value for key, value in body.items() if key != "messages"}, CHAT, model, known="messages"
+        {key: value for key, value in body.items() if key != "messages"}, chat_readers(model), known="messages"
     )
     response_format = values.get("response_format", {"type": "text"})
     if response_format != {"type": "text"}:
@@ -155,6 +160,23 @@ def parse_chat(body: dict[str, Any], model: ServedModel) -> ChatCall:
     return ChatCall(sampling, *_delivery(values), messages=messages, template_kwargs=template_kwargs)
 
 
+def completion_readers(model: ServedModel) -> dict[str, Reader]:
+    """Of the fields beside ``prompt``."""
+    return COMPLETION | _of_tokens(model)
+
+
+def chat_readers(model: ServedModel) -> dict[str, Reader]:
+    """Of the fields beside ``messages``."""
+    return CHAT | _of_tokens(model)
+
+
+def _of_tokens(model: ServedModel) -> dict[str, Reader]:
+    return {
+        "logit_bias": fields.logit_bias(model.vocab_size),
+        "stop_token_ids": fields.token_ids(model.vocab_size),
+    }
+
+
 def check_model(body: dict[str, Any]) -> str:
     """The model that ``body`` asks for."""
     if body.get("model") is None:
@@ -162,19 +184,14 @@ def check_model(body: dict[str, Any]) -> str:
     return fields.string(body["model"], "model")
 
 
-def _read_fields(body: dict[str, Any], readers: dict[str, Reader], model: ServedModel, *, known: str) -> dict[str, Any]:
+def _read_fields(body: dict[str, Any], readers: dict[str, Reader], *, known: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in body.items():
         if value is None or name in HARMLESS:
             continue
-        if name in readers:
-            values[name] = readers[name](value, name)
-        elif name == "logit_bias":
-            values[name] = fields.logit_bias(value, name, vocab_size=model.vocab_size)
-        elif name == "stop_token_ids":
-            values[name] = fields.token_ids(value, name, vocab_size=model.vocab_size)
-        else:
-            raise _unknown(name, [*readers, "logit_bias", "stop_token_ids", known])
+        if name not in readers:
+            raise _unknown(name, [*readers, known])
+        values[name] = readers[name](value, name)
     return values
 
 
@@ -210,6 +227,32 @@ def _delivery(values: dict[str, Any]) -> tuple[bool, bool, str]:
     return stream, include_usage, values.get("cache_salt", "")
 
 
+def prompt_schema(model: ServedModel, max_prompts: int) -> Schema:
+    """What ``_prompts`` takes."""
+    text: Schema = {"type": "string", "minLength": 1}
+    ids = fields.token_ids(model.vocab_size).schema | {"minItems": 1}
+    many = [{"type": "array", "items": each, "minItems": 1, "maxItems": max_prompts} for each in (text, ids)]
+    return {"anyOf": [text, ids, *many]}
+
+
+def message_schema() -> Schema:
+    """What ``_messages`` takes."""
+    part = {"properties": {"type": {"const": "text"}, "text": fields.string.schema}, "required": ["type", "text"]}
+    parts = {"type": "array", "items": {"type": "object", **part, "additionalProperties": False}, "minItems": 1}
+    nothing: Schema = {"enum": [None, []]}  # as if it was left out
+    message = {
+        "type": "object",
+        "properties": {
+            "role": {"enum": list(MESSAGE_ROLES)},
+            "content": {"anyOf": [fields.string.schema, parts]},
+            "name": {"anyOf": [fields.string.schema, nothing]},
+        },
+        "required": ["role", "content"],
+        "additionalProperties": nothing,
+    }
+    return {"type": "array", "items": message, "minItems": 1}
+
+
 def _prompts(value: Any, model: ServedModel, *, max_prompts: int, limit: str) -> tuple[Prompt, ...]:
     """One or many prompts; a list of whole numbers is one prompt of token ids."""
     if isinstance(value, str):
@@ -230,7 +273,7 @@ def _prompt(value: Any, model: ServedModel) -> Prompt:
     prompt = (
         fields.string(value, "prompt")
         if isinstance(value, str)
-        else fields.token_ids(value, "prompt", vocab_size=model.vocab_size)
+        else fields.token_ids(model.vocab_size)(value, "prompt")
     )
     if not prompt:
         raise RequestError("prompt is empty; it must hold at least one token", param="prompt")
