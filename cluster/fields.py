@@ -8,11 +8,20 @@ import math
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from longctx.errors import RequestError
 
-QUOTE = reprlib.Repr()
+
+class _Quote(reprlib.Repr):
+    """Takes no longer for a large value than for a small one."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)  # it sorts what it gets
+
+
+QUOTE = _Quote()
 QUOTE.maxstring = QUOTE.maxother = 80
 
 T = TypeVar("T")

@@ -9,6 +9,7 @@ and ``timeout``.
 import difflib
 import math
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from cluster import fields
@@ -196,7 +197,7 @@ def _read_fields(body: dict[str, Any], readers: dict[str, Reader], *, known: str
 
 
 def _unknown(name: str, allowed: list[str]) -> RequestError:
-    close = difflib.get_close_matches(name, allowed, n=3)
+    close = difflib.get_close_matches(name[:80], allowed, n=3)  # the time it takes grows with the name
     hint = f"; did you mean {' or '.join(close)}?" if close else "; allowed: " + ", ".join(sorted(allowed))
     return RequestError(
         f"{name[:80]!r} is not a field that is supported here{hint}", param=name[:80], code="unknown_parameter"
@@ -300,7 +301,8 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         message["name"] = fields.string(given.pop("name"), f"{name}.name")
     if given:
         raise RequestError(
-            f"{name} has {', '.join(map(repr, sorted(given)))[:200]}: a message has role, content and name", param=name
+            f"{name} has {', '.join(repr(key[:80]) for key in islice(given, 3))}: a message has role, content and name",
+            param=name,
         )
     return message
 

@@ -12,6 +12,7 @@ from longctx.errors import RequestError
 
 IDLE_TIMEOUT_S = 30.0  # a sender that is silent for longer is given up
 LINGER_S = 2.0  # how long the rest of a refused body is discarded, so that the client gets to read the answer
+_MOST_DIGITS = 20  # of a length; not every HTTP server refuses more, and Python reads no more than 4300
 SMALL_BODY_BYTES = 1 << 16  # larger ones are parsed on a thread
 
 
@@ -26,7 +27,7 @@ async def read_json(scope: Scope, receive: Receive, *, max_bytes: int) -> dict[s
 async def read_body(scope: Scope, receive: Receive, *, max_bytes: int) -> bytes:
     """The whole body. Bytes are counted as they come: a chunked body has no length to check first."""
     declared = dict(scope["headers"]).get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > max_bytes:
+    if declared.isdigit() and (len(declared) > _MOST_DIGITS or int(declared) > max_bytes):
         raise _too_large(max_bytes)
     parts: list[bytes] = []
     num_bytes = 0

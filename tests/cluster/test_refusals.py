@@ -1,13 +1,22 @@
 """What the endpoint refuses: every bad field, body, path and method, with its status and the field's name."""
 
+import asyncio
+import difflib
 import json
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from cluster.config import ServerConfig
+from cluster.fields import bad_value
+from cluster.openai_errors import ApiError
+from cluster.openai_schema import parse_completion
+from cluster.request_body import read_body
+from cluster.serving import ServedModel
+from longctx.errors import RequestError
 from tests.local_server import MODEL_NAME, LocalServer, check_error, serve
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -176,6 +185,50 @@ def test_unknown_model_path_and_method(client):
     response = client.get(COMPLETIONS)
     check_error(response, 405, code="method_not_allowed")
     assert response.headers["allow"] == "POST"
+
+
+def test_a_long_name_is_not_compared(monkeypatch):
+    """To look for what a name of megabytes may have meant would hold up everybody else."""
+    compared = []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda name, *_, **__: compared.append(name) or [])
+    model = ServedModel(MODEL_NAME, created=0, max_context=64, vocab_size=260)
+    with pytest.raises(RequestError) as caught:
+        parse_completion(PROMPT | {"x" * 10_000_000: 1}, model, max_prompts=1)
+    assert len(str(caught.value)) < 2000
+    with pytest.raises(RequestError):
+        parse_completion(PROMPT | {"stream": True, "stream_options": {"x" * 10_000_000: 1}}, model, max_prompts=1)
+    assert [len(name) for name in compared] == [80, 80]
+
+
+def test_quoting_looks_at_the_first_keys_only():
+    """An object with a million keys is not sorted for four of them."""
+
+    class Key(str):
+        __slots__ = ()
+
+        def __lt__(self, other):
+            compared.append(self)
+            return super().__lt__(other)
+
+    compared: list[Key] = []
+    text = str(bad_value("stop", {Key(number): 1 for number in range(10_000)}, "a string"))
+    assert text.startswith("stop={'0': 1, '1': 1")
+    assert len(compared) < 100
+
+
+@pytest.mark.parametrize("length", [b"9" * 5000, b"9" * 21, b"99999"])
+def test_a_length_of_any_size(length):
+    """Not every HTTP server that hands requests on refuses lengths that Python cannot read."""
+
+    async def read() -> None:
+        with pytest.raises(ApiError) as caught:
+            await read_body({"headers": [(b"content-length", length)]}, receive, max_bytes=1 << 16)
+        assert caught.value.status == 413
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("nothing of it is read")
+
+    asyncio.run(read())
 
 
 def test_too_large_body(client):
