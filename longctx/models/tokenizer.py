@@ -20,6 +20,16 @@ from longctx.models.checkpoint import ModelSpec
 SLICE_CHARACTERS_PER_TOKEN = 8  # of texts that may fit, few have more
 MAX_SLICE_CHARACTERS = 1 << 20
 SLICE_SLACK_TOKENS = 16  # a cut may add a few tokens
+# What a template may raise over messages or variables that it was not written for.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _ANCHOR = "\n"  # a token of its own where a space is put before texts
 
 
@@ -169,7 +179,7 @@ class Tokenizer:
             raise RequestError("messages is empty; give at least one", param="messages")
         try:
             return self._wrapper.apply_chat_template(list(messages), chat_template=template, **options)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise RequestError(f"the chat template rejects the messages: {error}", param="messages") from error
 
 

@@ -92,6 +92,28 @@ def test_chat_template_from_a_file(folder: Path, tmp_path: Path) -> None:
         load_tokenizer(inspect_checkpoint(folder), tmp_path / "absent.jinja")
 
 
+FAILING = {
+    "1 // value": 0,
+    "range(value)": 10**9,
+    "value | tojson": [],  # nested below
+    "'{0}{1}'.format(value)": 1,
+}
+
+
+@pytest.mark.parametrize("expression", FAILING)
+def test_variables_that_a_chat_template_cannot_use(folder: Path, tmp_path: Path, expression: str) -> None:
+    """Whatever the template raises over what a request sets is that request's mistake."""
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ " + expression + " }}")
+    tokenizer = load_tokenizer(inspect_checkpoint(folder), file)
+    value = FAILING[expression]
+    if value == []:
+        for _ in range(20_000):
+            value = [value]
+    with pytest.raises(RequestError, match="the chat template rejects the messages"):
+        tokenizer.render_chat(CHAT, value=value)
+
+
 @pytest.mark.parametrize(
     "messages",
     [
