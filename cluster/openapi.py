@@ -83,7 +83,7 @@ def _body(prompt: Mapping[str, Schema], readers: Mapping[str, Any], model: Serve
 def _generate(name: str, timeout: Schema) -> dict[str, Any]:
     good = _response("The answer, or with stream=true its events, the last of which is [DONE]", name)
     events = {"anyOf": [_ref(f"{name}_chunk"), _ref("error")]}
-    good["content"]["text/event-stream"] = {"schema": TEXT, "x-item-schema": events}
+    good["content"]["text/event-stream"] = {"x-item-schema": events}
     good["headers"] = _headers(["x-request-id"])
     return {
         "operationId": f"create_{name}",
