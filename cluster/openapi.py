@@ -5,6 +5,7 @@ a chat template takes are left out: a body that breaks one of them is answered w
 stream's events; ``x-item-schema`` is their schema, as 3.2's ``itemSchema``.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from cluster.config import ServerConfig
 from cluster.deadline import HEADER, timeout_reader
 from cluster.fields import Schema, nullable
 from cluster.openai_schema import HARMLESS, chat_readers, completion_readers, message_schema, prompt_schema
-from cluster.serving import ServedModel
+from cluster.serving import QueueStats, ServedModel
 
 TEXT: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -183,6 +184,9 @@ def _answers() -> dict[str, Schema]:
             reason=TEXT,
             requests_in_progress=COUNT,
             max_requests=COUNT,
+            queue=_object(**{field.name: COUNT for field in dataclasses.fields(QueueStats)}),
+            pools=_list(_pool()),
+            autoscaler_silence_s=nullable(NUMBER),
             workers=_list(_worker()),
         ),
     }
@@ -217,6 +221,12 @@ def _chat_logprobs() -> Schema:
 
 def _model() -> Schema:
     return _object(id=TEXT, object={"const": "model"}, created=COUNT, owned_by=TEXT, max_model_len=COUNT)
+
+
+def _pool() -> Schema:
+    """Of a pool that which is there without autoscaling, too."""
+    names = {"role": TEXT, "num_live": COUNT, "num_starting": COUNT, "num_draining": COUNT}
+    return {"type": "object", "properties": names, "required": list(names)}
 
 
 def _worker() -> Schema:
