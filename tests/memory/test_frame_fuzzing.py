@@ -24,7 +24,7 @@ from tests.memory.wrong_headers import FIELDS
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-FAST = replace(CONFIG, connect_timeout_s=0.5, send_timeout_s=0.5, lease_ttl_s=30.0)
+LASTING = replace(CONFIG, lease_ttl_s=60.0)
 NUM_BLOCKS = LAYOUT.num_layers * 2  # of a lease of two pages
 
 
@@ -123,7 +123,7 @@ class Bystander:
 @contextmanager
 def watched_pair(name: str) -> Iterator[tuple[Pair, Bystander]]:
     """A pair with a bystander."""
-    with make_pair(name, FAST) as pair:
+    with make_pair(name, LASTING) as pair:
         bystander = Bystander(pair)
         try:
             yield pair, bystander

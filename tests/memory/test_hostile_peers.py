@@ -17,6 +17,7 @@ from tests.memory.kv_pair import CONFIG, FRAMED, NAMES, WAIT_S, Pair, RawSender,
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DEEP = b'{"a":' * 20_000 + b"1" + b"}" * 20_000
+LASTING = replace(CONFIG, lease_ttl_s=60.0)  # what is silent while another waits for its deadline lives on
 BAD_GREETINGS = {
     "deep": DEEP,
     "digits": b'{"num_pages": 1' + b"0" * 5000 + b"}",
@@ -51,7 +52,7 @@ def is_alive(raw: RawSender, grant: LeaseGrant) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", BAD_GREETINGS)
 def test_a_greeting_fails_its_own_lease(name: str, case: str) -> None:
-    with make_pair(name) as pair, make_raw(pair) as raw:
+    with make_pair(name, LASTING) as pair, make_raw(pair) as raw:
         kept = pair.grant([0], request_id="kept")
         raw.open(kept)
         raw.send(Kind.HELLO, pair.grant([1], request_id="hostile"), BAD_GREETINGS[case])
@@ -63,7 +64,7 @@ def test_a_greeting_fails_its_own_lease(name: str, case: str) -> None:
 @pytest.mark.parametrize("name, details", [row for row in BAD_DETAILS if row[0] in NAMES])
 def test_details_of_a_greeting(name: str, details: dict[str, Any]) -> None:
     """They fail the lease when it is opened, or with its first pages."""
-    with make_pair(name) as pair, make_raw(pair) as raw, make_raw(pair) as other:
+    with make_pair(name, LASTING) as pair, make_raw(pair) as raw, make_raw(pair) as other:
         kept, hostile = pair.grant([0], request_id="kept"), pair.grant([1], request_id="hostile")
         other.open(kept)
         raw.send(Kind.HELLO, hostile, json.dumps({**raw.payloads.hello(), **details}).encode())
