@@ -177,18 +177,21 @@ class Peer(threading.Thread, ABC):
         """Whose frame this is, if it is entitled to its lease; raises ``FrameRefused``. HELLO takes a place in it."""
         lease = self._leases.find(header.lease_id)
         if lease is None:
-            raise FrameRefused(f"lease {header.lease_id} was never granted, or is committed, expired or revoked")
+            raise _not_live(header)
         session = self._opened.get(header.lease_id)
         if session is None and header.kind != Kind.HELLO:
             raise FrameRefused(f"lease {header.lease_id} is not open on this connection")
         key = session.key if session else session_key(lease.grant.key, self._nonce)
         if not is_signed(raw, key):
             raise FrameRefused(f"the frame is not signed with the key of lease {header.lease_id}")
-        if header.epoch != lease.epoch:
+        if header.epoch != lease.epoch and lease.live:
             raise FrameRefused(f"epoch {header.epoch} of lease {header.lease_id} is over")
+        if not lease.live:  # it has ended since it was found
+            raise _not_live(header)
         session = session or lease.open(key=key, on_end=self._note_end)
         if session is None:
-            raise FrameRefused(f"lease {header.lease_id} is open on as many connections as it may be")
+            full = FrameRefused(f"lease {header.lease_id} is open on as many connections as it may be")
+            raise full if lease.live else _not_live(header)
         self._opened[header.lease_id] = session
         return session
 
@@ -283,6 +286,10 @@ class Peer(threading.Thread, ABC):
         self._answer_due = time.monotonic() + self._config.send_timeout_s / 4
         payload = reason[:_MAX_REASON].encode()
         self._channel.send(control(kind, header.lease_id, header.epoch, payload, key=key), deadline)
+
+
+def _not_live(header: Header) -> FrameRefused:
+    return FrameRefused(f"lease {header.lease_id} was never granted, or is committed, expired or revoked")
 
 
 class FillingPeer(Peer):

@@ -77,6 +77,23 @@ def test_details_of_a_greeting(name: str, details: dict[str, Any]) -> None:
         other.open(pair.grant([2], request_id="later"))
 
 
+def test_a_lease_that_is_revoked_while_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sender is told that, not that others have its place."""
+    with make_pair("tcp") as pair, make_raw(pair) as raw:
+        grant = pair.grant([0])
+        find = pair.receiver._leases.find
+
+        def find_and_revoke(lease_id: int) -> Any:
+            lease = find(lease_id)
+            pair.receiver.revoke(grant.request_id)
+            return lease
+
+        monkeypatch.setattr(pair.receiver._leases, "find", find_and_revoke)
+        raw.send(Kind.HELLO, grant, json.dumps(raw.payloads.hello()).encode())
+        kind, reason = raw.answer()
+        assert (kind, b"revoked" in reason) == (Kind.NACK, True)
+
+
 def test_pages_of_a_refused_frame_take_no_memory() -> None:
     """A frame that is not served is read to its end, whatever it says."""
     with make_pair("torch_distributed") as pair, make_raw(pair) as raw:
