@@ -1,5 +1,9 @@
-"""Fuzzing by hypothesis: the same examples every time, a few in the default run and many under the marker ``slow``."""
+"""Fuzzing by hypothesis: the same examples every time, a few in the default run and more under the marker ``slow``.
 
+``LONGCTX_FUZZ=2000 make slow`` has as many examples of each slow test as it says.
+"""
+
+import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,7 +12,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-QUICK, MANY = 40, 2000  # examples of one test
+QUICK, MANY = 40, int(os.environ.get("LONGCTX_FUZZ", "300"))  # examples of one test
 
 
 def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], *, num_examples: int) -> None:

@@ -111,7 +111,7 @@ def test_requests_of_every_kind(api, operation: str, mode: GenerationMode) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("operation, mode", CASES, ids=str)
 def test_many_requests_of_every_kind(api, operation: str, mode: GenerationMode) -> None:
-    check_requests(api, operation, mode, num_examples=500 if operation in GENERATE else 50)
+    check_requests(api, operation, mode, num_examples=100 if operation in GENERATE else 20)
 
 
 def test_the_document_is_one(api, document) -> None:
