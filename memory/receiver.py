@@ -121,8 +121,13 @@ class StreamReceiver(KVReceiver):
             logger.warning("a sender is refused: there are %d connections", len(self._peers))
             sock.close()
             return
-        peer = self._make_peer(sock)
-        peer.start()
+        try:
+            peer = self._make_peer(sock)
+            peer.start()
+        except (OSError, RuntimeError) as error:  # no file descriptor or no thread is left: leases must still expire
+            logger.warning("a sender could not be served: %s", error)
+            sock.close()
+            return
         self._peers.append(peer)
 
     def _make_peer(self, sock: socket.socket) -> Peer:

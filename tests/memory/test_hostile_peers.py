@@ -13,7 +13,8 @@ import pytest
 
 from memory.frames import NONCE_BYTES, FrameSocket, Header, Kind, control
 from memory.messages import LeaseGrant
-from tests.memory.kv_pair import CONFIG, FRAMED, NAMES, WAIT_S, Pair, RawSender, make_pair, make_raw
+from memory.peer import Peer
+from tests.memory.kv_pair import CONFIG, FRAMED, NAMES, WAIT_S, Pair, RawSender, make_pair, make_raw, ship
 
 pytestmark = pytest.mark.usefixtures("quiet")
 DEEP = b'{"a":' * 20_000 + b"1" + b"}" * 20_000
@@ -191,3 +192,20 @@ def test_a_receiver_that_talks_and_does_not_listen() -> None:
 
             with pytest.raises(TimeoutError, match="took no data in time"):
                 FrameSocket(sender).send([bytes(1 << 26)], deadline, on_readable=listen)
+
+
+def test_a_sender_that_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file descriptor or thread is left for it: leases go on expiring, and the next sender is served."""
+    with make_pair("tcp", replace(CONFIG, lease_ttl_s=1.0)) as pair:
+        make_peer = pair.receiver._make_peer  # type: ignore[attr-defined]
+
+        def fail(sock: socket.socket) -> Peer:
+            monkeypatch.setattr(pair.receiver, "_make_peer", make_peer)
+            raise OSError("Too many open files")
+
+        monkeypatch.setattr(pair.receiver, "_make_peer", fail)
+        ship(pair.open(pair.grant([0], request_id="first")), [1])
+        assert pair.answer()[0] == "failed"
+        assert pair.event()[:2] == ("failed", "first")
+        ship(pair.open(pair.grant([0], request_id="second")), [1])
+        assert pair.answer() == ("acked", "second")
