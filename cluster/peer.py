@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import uuid
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ class WorkerPeer:
     num_prompts: int = 0  # placed here to be computed that prefill workers are for
     num_requests: int = 0  # placed here to be decoded, not finished
     prefixes: PlacedPrefixes = field(default_factory=PlacedPrefixes)
+    _session: str = ""  # what the worker knows this router by since it joined
     _answers: set[asyncio.Future[Any]] = field(default_factory=set)  # awaited
 
     @property
@@ -59,7 +61,8 @@ class WorkerPeer:
         info: WorkerInfo = await _within(config.start_timeout_s, start, failure="it did not load the model in")
         if info.deployment and info.deployment != self.deployment:
             raise WorkerLostError("it belongs to another deployment, with another configuration")
-        await self.call("reset")
+        self._session = uuid.uuid4().hex
+        await self.call("reset", self._session)
         self.transports = await self.call("transports")
         self.prefixes.clear()
         self.info, self.is_alive, self.reason = info, True, ""
@@ -67,7 +70,8 @@ class WorkerPeer:
 
     async def poll(self, config: ClusterConfig) -> WorkerReport:
         """What is new; raises ``WorkerLostError`` if it is silent or not the one that joined."""
-        poll, timeout_s = self.handle.call("poll", config.heartbeat_s), config.heartbeat_s + config.worker_timeout_s
+        poll = self.handle.call("poll", config.heartbeat_s, self._session)
+        timeout_s = config.heartbeat_s + config.worker_timeout_s
         report: WorkerReport = await _within(timeout_s, poll, failure="it gave no sign of life for")
         if self.info is None or report.incarnation != self.info.incarnation:
             raise WorkerLostError("it was restarted")

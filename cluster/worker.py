@@ -25,7 +25,7 @@ from cluster.serving import WorkerStats
 from longctx.engine.build import MakePool, build_engine
 from longctx.engine.engine import Engine
 from longctx.engine.loop import EngineLoop
-from longctx.errors import WorkerLostError
+from longctx.errors import LongctxError, WorkerLostError
 from longctx.messages import OutputDelta
 from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
@@ -77,6 +77,7 @@ class Worker(ABC):
         self._on_lost = on_lost
         self._is_draining = False
         self.deployment = ""  # digest of the configuration that it was made with
+        self._session = ""  # the router's, which alone is told what is new
         self._lost = ""  # a rank or the engine, and why: nothing works any more
         self._stats: WorkerStats | None = None
         self._stats_due = 0.0
@@ -112,14 +113,18 @@ class Worker(ABC):
             self.deployment,
         )
 
-    async def poll(self, max_wait_s: float) -> WorkerReport:
-        """What is new; waits up to ``max_wait_s`` seconds for something. One caller at a time."""
-        self._check_open()
+    async def poll(self, max_wait_s: float, session: str) -> WorkerReport:
+        """What is new; waits up to ``max_wait_s`` seconds for something. One caller at a time.
+
+        Raises ``LongctxError`` if a router has begun another session meanwhile: what is new is for that one. A poll
+        outlives a router that was killed, and would take a token with it.
+        """
+        self._check_open(session)
         if not self._news.is_set():
             with contextlib.suppress(TimeoutError):  # the answer is itself a sign of life
                 async with asyncio.timeout(max_wait_s):
                     await self._news.wait()
-        self._check_open()
+        self._check_open(session)
         self._news.clear()
         deltas, finished = _drain(self._deltas), _drain(self._finished)
         return WorkerReport(self.incarnation, deltas, finished, self._take_stats(), self._is_draining)
@@ -137,8 +142,9 @@ class Worker(ABC):
         """End a request wherever it stands; an unknown one is no error."""
         await self.on_engine(self._cancel, request_id)
 
-    async def reset(self) -> None:
-        """End everything: a new router begins."""
+    async def reset(self, session: str) -> None:
+        """End everything: a router begins a session, whose name its polls give."""
+        self._session = session
         await self.on_engine(self._reset)
         self._deltas.clear()
         self._finished.clear()
@@ -190,11 +196,13 @@ class Worker(ABC):
         self._finished.append((request_id, reason))
         self._announce()
 
-    def _check_open(self) -> None:
+    def _check_open(self, session: str | None = None) -> None:
         if self._is_closed:
             raise WorkerLostError(f"{self.name} is closed")
         if self._lost:
             raise WorkerLostError(f"{self.name} is lost: {self._lost}")
+        if session is not None and session != self._session:
+            raise LongctxError(f"another router has begun with {self.name}")
 
     def _lose(self, reason: str) -> None:
         """A rank of this worker or its engine is lost, and with it the worker; from any thread."""

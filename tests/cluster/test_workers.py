@@ -9,8 +9,9 @@ import pytest
 from cluster.config import RayConfig
 from cluster.openai_errors import to_api_error
 from cluster.preflight import check
-from longctx.errors import ConfigError, QueueFullError, RequestError
-from longctx.messages import SamplingParams
+from cluster.serving_worker import ServingWorker
+from longctx.errors import ConfigError, LongctxError, QueueFullError, RequestError
+from longctx.messages import OutputDelta, SamplingParams
 from tests.cluster.small_cluster import TRANSPORTS, generate_alone, join, make_config, make_prompt, start_cluster
 from tests.longctx.engines import GREEDY, make_request
 from tests.tiny_checkpoints import FAMILIES, make_checkpoint
@@ -276,3 +277,28 @@ def test_what_cannot_be_served_is_refused(folder, prompt, params, param):
             return caught.value.param
 
     assert asyncio.run(scenario()) == param
+
+
+def test_a_poll_outlives_its_router_and_takes_nothing_with_it(folder):
+    """A router was killed while its poll waited; the first token of the next router's request is for that one."""
+
+    async def scenario():
+        worker = ServingWorker("decode-0", "decode", make_config(folder))
+        try:
+            await worker.start()
+            await worker.reset("first")
+            old = asyncio.create_task(worker.poll(5.0, "first"))
+            await asyncio.sleep(0.05)
+            await worker.reset("second")
+            new = asyncio.create_task(worker.poll(5.0, "second"))
+            await asyncio.sleep(0.05)
+            worker.post([OutputDelta("r", 0, (7,), "a")])
+            with pytest.raises(LongctxError, match="another router"):
+                await old
+            with pytest.raises(LongctxError, match="another router"):  # one that was on its way meanwhile
+                await worker.poll(0.0, "first")
+            return (await new).deltas
+        finally:
+            await worker.close()
+
+    assert [delta.token_ids for delta in asyncio.run(scenario())] == [(7,)]
