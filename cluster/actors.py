@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,6 @@ from longctx.errors import LongctxError
 from longctx.terminal_log import log_to_terminal
 
 MAX_RESTARTS = 20  # by Ray, after a worker process died; the router makes it load the model again
-SWITCH_S = 5e-4  # that the engine's thread waits for one that answers a call; Python's own 5 ms are several steps
 PLACE_TIMEOUT_S = 60.0
 MAX_CALLS = 1024  # coroutines of one actor at a time
 
@@ -199,8 +197,7 @@ def _end_process(reason: str) -> None:
 
 
 def _on_this_node(name: str, config: ServeConfig) -> ServeConfig:
-    """Logging and threads of this process, and the node's address for what listens here."""
-    sys.setswitchinterval(SWITCH_S)
+    """Logging for this process, and the node's address for what listens here."""
     log_to_terminal(name, logging.INFO)
     logging.getLogger("longctx.models.loading").setLevel(logging.WARNING)  # the engine's line says as much
     if config.transport.host is not None:
