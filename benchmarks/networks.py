@@ -61,9 +61,9 @@ def make_network(world_size: int, topology: str, mbit_per_s: float) -> Iterator[
     made: list[str] = []
     try:
         for name in (*names, *([switch] if topology == "switch" else [])):
-            _run("ip", "netns", "add", name)
+            run("ip", "netns", "add", name)
             made.append(name)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
+            run("ip", "-n", name, "link", "set", "lo", "up")
         if topology == "switch":
             _join_switch(names, switch, mbit_per_s)
         else:
@@ -75,14 +75,14 @@ def make_network(world_size: int, topology: str, mbit_per_s: float) -> Iterator[
 
 
 def _join_switch(names: tuple[str, ...], switch: str, mbit_per_s: float) -> None:
-    _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
-    _run("ip", "-n", switch, "link", "set", "bridge", "up")
+    run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+    run("ip", "-n", switch, "link", "set", "bridge", "up")
     for rank, name in enumerate(names):
         port = f"port{rank}"
-        _run("ip", "link", "add", "link0", "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
-        _run("ip", "-n", name, "address", "add", f"10.71.0.{rank + 1}/24", "dev", "link0")
-        _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
-        _run("ip", "-n", name, "link", "set", "link0", "up")
+        run("ip", "link", "add", "link0", "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
+        run("ip", "-n", name, "address", "add", f"10.71.0.{rank + 1}/24", "dev", "link0")
+        run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+        run("ip", "-n", name, "link", "set", "link0", "up")
         _slow_down(name, "link0", mbit_per_s)  # what the rank sends
         _slow_down(switch, port, mbit_per_s)  # what it receives
 
@@ -90,13 +90,13 @@ def _join_switch(names: tuple[str, ...], switch: str, mbit_per_s: float) -> None
 def _join_pairs(names: tuple[str, ...], mbit_per_s: float) -> None:
     """Every rank has one address, on a bridge without ports; a route for each peer leads over the pair's own link."""
     for rank, name in enumerate(names):
-        _run("ip", "-n", name, "link", "add", "own", "type", "bridge")
-        _run("ip", "-n", name, "address", "add", f"10.72.0.{rank + 1}/32", "dev", "own")
-        _run("ip", "-n", name, "link", "set", "own", "up")
+        run("ip", "-n", name, "link", "add", "own", "type", "bridge")
+        run("ip", "-n", name, "address", "add", f"10.72.0.{rank + 1}/32", "dev", "own")
+        run("ip", "-n", name, "link", "set", "own", "up")
     for index, (low, high) in enumerate(combinations(range(len(names)), 2)):
         ends = [(low, high, f"10.73.{index}.1"), (high, low, f"10.73.{index}.2")]
         first, second = f"link{high}", f"link{low}"
-        _run(
+        run(
             "ip",
             "link",
             "add",
@@ -112,18 +112,18 @@ def _join_pairs(names: tuple[str, ...], mbit_per_s: float) -> None:
             names[high],
         )
         for rank, peer, address in ends:
-            _run("ip", "-n", names[rank], "address", "add", f"{address}/30", "dev", f"link{peer}")
-            _run("ip", "-n", names[rank], "link", "set", f"link{peer}", "up")
+            run("ip", "-n", names[rank], "address", "add", f"{address}/30", "dev", f"link{peer}")
+            run("ip", "-n", names[rank], "link", "set", f"link{peer}", "up")
             _slow_down(names[rank], f"link{peer}", mbit_per_s)
         for (rank, peer, _), (_, _, gateway) in zip(ends, reversed(ends), strict=True):
             own = f"10.72.0.{rank + 1}"
-            _run("ip", "-n", names[rank], "route", "add", f"10.72.0.{peer + 1}", "via", gateway, "src", own)
+            run("ip", "-n", names[rank], "route", "add", f"10.72.0.{peer + 1}", "via", gateway, "src", own)
 
 
 def _slow_down(name: str, device: str, mbit_per_s: float) -> None:
     burst = max(LEAST_BURST_BYTES, int(mbit_per_s * 1e6 / 8 / 1000))  # what passes in 1 ms: little travels for nothing
     rate, latency = f"{mbit_per_s}mbit", f"{QUEUE_MS}ms"
-    _run(
+    run(
         "tc",
         "-n",
         name,
@@ -142,7 +142,8 @@ def _slow_down(name: str, device: str, mbit_per_s: float) -> None:
     )
 
 
-def _run(*words: str) -> None:
+def run(*words: str) -> None:
+    """A command that must succeed; raises ``RuntimeError`` with what it said."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")

@@ -9,7 +9,7 @@ A name is the object's id and its owner's address, as Ray writes them; nothing i
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +21,6 @@ from ray._private.worker import global_worker
 from memory.codecs import concatenate
 from memory.config import TransportConfig
 from memory.frames import MAX_CONTROL_BYTES, Buffer, Header, checksum, read_object
-from memory.layout import KVLayout
 from memory.leases import LeaseError, Session
 from memory.link import Payloads
 from memory.messages import LeaseGrant
@@ -30,8 +29,7 @@ from memory.peer import Peer
 from memory.receiver import StreamReceiver
 from memory.sender import StreamSender
 from memory.staging import make_blocks
-from memory.tcp import node_address
-from memory.transport import KVReceiver, KVSender, Transport
+from memory.transport import Transport
 
 
 class ObjectPayloads(Payloads):
@@ -105,17 +103,8 @@ class ObjectStoreReceiver(StreamReceiver):
     name = "object_store"
     peer_class = ObjectPeer
 
-    def __init__(
-        self,
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> None:
+    def _prepare(self) -> None:
         _need_ray()
-        host = config.host or node_address()
-        super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=host)
 
 
 class ObjectStoreSender(StreamSender):
@@ -134,23 +123,7 @@ class ObjectStoreSender(StreamSender):
 class ObjectStoreTransport(Transport):
     """The ``object_store`` transport."""
 
-    @staticmethod
-    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
-        return PagePool(layout, num_pages)
-
-    @staticmethod
-    def make_receiver(
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> KVReceiver:
-        return ObjectStoreReceiver(pool, config, on_commit=on_commit, on_failed=on_failed)
-
-    @staticmethod
-    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
-        return ObjectStoreSender(pool, config)
+    receiver, sender = ObjectStoreReceiver, ObjectStoreSender
 
 
 def _core() -> Any:

@@ -23,7 +23,7 @@ from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
 from longctx.shards.runner import Rank, follow_on_thread
 from memory.messages import LeaseGrant
-from memory.tcp import node_address
+from memory.node_address import node_address
 from memory.transport import KVReceiver, KVSender
 from parallel.gloo_group import GlooGroup
 

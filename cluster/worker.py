@@ -29,7 +29,7 @@ from longctx.errors import LongctxError, WorkerLostError
 from longctx.messages import OutputDelta
 from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
-from memory.tcp import node_address
+from memory.node_address import node_address
 from parallel.gloo_group import GlooGroup
 
 logger = logging.getLogger(__name__)

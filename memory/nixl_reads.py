@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ import torch
 from memory.config import TransportConfig
 from memory.descriptors import DescriptorPayloads, DescriptorPeer
 from memory.frames import Buffer, Header
-from memory.layout import KVLayout
 from memory.leases import Lease, LeaseError, LeaseTable, Session
 from memory.link import Payloads
 from memory.messages import LeaseGrant
@@ -33,9 +32,8 @@ from memory.pages import PagePool
 from memory.peer import Peer
 from memory.receiver import StreamReceiver
 from memory.sender import StreamSender
-from memory.tcp import node_address
 from memory.tensor_blocks import TensorBlocks, digest
-from memory.transport import KVReceiver, KVSender, Transport
+from memory.transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -295,17 +293,8 @@ class NixlReceiver(StreamReceiver):
 
     name = "nixl"
 
-    def __init__(
-        self,
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> None:
+    def _prepare(self) -> None:
         self._agent = Agent()
-        host = config.host or node_address()
-        super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=host)
 
     def _make_peer(self, sock: socket.socket) -> Peer:
         return NixlPeer(sock, self._leases, pool=self._pool, config=self._config, agent=self._agent)
@@ -338,20 +327,4 @@ class NixlSender(StreamSender):
 class NixlTransport(Transport):
     """The ``nixl`` transport."""
 
-    @staticmethod
-    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
-        return PagePool(layout, num_pages)
-
-    @staticmethod
-    def make_receiver(
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> KVReceiver:
-        return NixlReceiver(pool, config, on_commit=on_commit, on_failed=on_failed)
-
-    @staticmethod
-    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
-        return NixlSender(pool, config)
+    receiver, sender = NixlReceiver, NixlSender

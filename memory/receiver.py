@@ -16,6 +16,7 @@ from memory.config import TransportConfig
 from memory.frames import Waker
 from memory.leases import LeaseTable
 from memory.messages import LeaseGrant
+from memory.node_address import node_address
 from memory.pages import PagePool
 from memory.peer import Peer
 from memory.transport import KVReceiver
@@ -28,9 +29,10 @@ _JOIN_TIMEOUT_S = 5.0
 
 
 class StreamReceiver(KVReceiver):
-    """See ``KVReceiver``. Listens on ``host`` at a port the system picks; raises ``OSError`` if it cannot."""
+    """See ``KVReceiver``. Listens at a port that the system picks; raises ``OSError`` if it cannot."""
 
     peer_class: type[Peer]
+    host: str | None = None  # to listen on; None: ``config.host``, or else this node's address
     _tls: ssl.SSLContext | None = None  # what connections are secured with
 
     def __init__(
@@ -40,11 +42,11 @@ class StreamReceiver(KVReceiver):
         *,
         on_commit: Callable[[str, bytes], None],
         on_failed: Callable[[str, str], None],
-        host: str,
     ) -> None:
         self._pool = pool
         self._config = config
-        self._listener = _listen(host)
+        self._prepare()
+        self._listener = _listen(self.host or config.host or node_address())
         host, port = self._listener.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._leases = LeaseTable(
@@ -56,6 +58,9 @@ class StreamReceiver(KVReceiver):
         self._waker = Waker()
         self._watch = threading.Thread(target=self._run_watch, name="kv-receiver", daemon=True)
         self._watch.start()
+
+    def _prepare(self) -> None:
+        """What is needed before the first sender comes. Raises what makes receiving impossible."""
 
     def grant(
         self, request_id: str, pages: Sequence[int], *, page_idxs: Sequence[int], num_tokens: int, num_senders: int = 1

@@ -6,7 +6,7 @@ what finds a page that the sender reused before the copy was made. A sender that
 lease fails as with any lost connection. GPU pools cannot send this way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy as np
 from memory.config import TransportConfig
 from memory.descriptors import DescriptorPayloads, DescriptorPeer
 from memory.frames import Header
-from memory.layout import KVLayout
 from memory.leases import Lease, LeaseError, Session
 from memory.link import Payloads
 from memory.pages import PagePool
@@ -22,7 +21,7 @@ from memory.peer import FillingPeer
 from memory.receiver import StreamReceiver
 from memory.segment import SegmentPool, attach
 from memory.sender import StreamSender
-from memory.transport import KVReceiver, KVSender, Transport
+from memory.transport import Transport
 
 _LOOPBACK = "127.0.0.1"
 
@@ -63,15 +62,7 @@ class SharedMemoryReceiver(StreamReceiver):
     name = "shared_memory"
     peer_class = CopyPeer
 
-    def __init__(
-        self,
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> None:
-        super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=_LOOPBACK)
+    host = "127.0.0.1"
 
 
 class SegmentPayloads(DescriptorPayloads):
@@ -107,23 +98,8 @@ class SharedMemorySender(StreamSender):
 class SharedMemoryTransport(Transport):
     """The ``shared_memory`` transport."""
 
-    @staticmethod
-    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
-        return SegmentPool(layout, num_pages)
-
-    @staticmethod
-    def make_receiver(
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> KVReceiver:
-        return SharedMemoryReceiver(pool, config, on_commit=on_commit, on_failed=on_failed)
-
-    @staticmethod
-    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
-        return SharedMemorySender(pool, config)
+    receiver, sender = SharedMemoryReceiver, SharedMemorySender
+    pool = SegmentPool
 
 
 def _copy(source: np.ndarray, pages: Sequence[int], targets: Sequence[memoryview]) -> None:

@@ -4,8 +4,7 @@ The sender hands its pages to the kernel as they lie in the pool, the receiver h
 neither side is there a copy in between (GPU pools: one pinned buffer). Any network; workers come and go freely.
 """
 
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ from memory.receiver import StreamReceiver
 from memory.sender import StreamSender
 from memory.staging import make_blocks
 from memory.tls import make_context
-from memory.transport import KVReceiver, KVSender, Transport
-
-_ANY_ROUTED_ADDRESS = ("192.0.2.1", 9)  # reserved for documentation; nothing is sent to it
+from memory.transport import Transport
 
 
 class BlockPeer(FillingPeer):
@@ -80,18 +77,9 @@ class TcpReceiver(StreamReceiver):
     name = "tcp"
     peer_class = BlockPeer
 
-    def __init__(
-        self,
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> None:
-        make_codec(config.codec, pool.layout)  # its own refusal, before anything is sent
-        self._tls = make_context(config, server_side=True)
-        host = config.host or node_address()
-        super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=host)
+    def _prepare(self) -> None:
+        make_codec(self._config.codec, self._pool.layout)  # its own refusal, before anything is sent
+        self._tls = make_context(self._config, server_side=True)
 
 
 class BlockPayloads(Payloads):
@@ -139,30 +127,4 @@ class TcpSender(StreamSender):
 class TcpTransport(Transport):
     """The ``tcp`` transport."""
 
-    @staticmethod
-    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
-        return PagePool(layout, num_pages)
-
-    @staticmethod
-    def make_receiver(
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> KVReceiver:
-        return TcpReceiver(pool, config, on_commit=on_commit, on_failed=on_failed)
-
-    @staticmethod
-    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
-        return TcpSender(pool, config)
-
-
-def node_address() -> str:
-    """This node's address on its default route; the loopback address if it has no route."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(_ANY_ROUTED_ADDRESS)
-        except OSError:
-            return "127.0.0.1"
-        return probe.getsockname()[0]
+    receiver, sender = TcpReceiver, TcpSender

@@ -26,17 +26,16 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 
 from memory.config import TransportConfig
 from memory.frames import Buffer, Header, Kind, checksum
-from memory.layout import KVLayout
 from memory.leases import Lease, LeaseError, LeaseTable, Session
 from memory.link import Payloads
 from memory.messages import LeaseGrant
+from memory.node_address import node_address
 from memory.pages import PagePool
 from memory.peer import Peer
 from memory.receiver import StreamReceiver
 from memory.sender import StreamSender
-from memory.tcp import node_address
 from memory.tensor_blocks import TensorBlocks, digest
-from memory.transport import KVReceiver, KVSender, Transport
+from memory.transport import Transport
 from parallel.carrier import ExchangeError, Message, finish
 from parallel.gloo_group import GlooGroup, open_meeting
 
@@ -237,17 +236,6 @@ class TorchDistributedReceiver(StreamReceiver):
     name = "torch_distributed"
     peer_class = GroupPeer
 
-    def __init__(
-        self,
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> None:
-        host = config.host or node_address()
-        super().__init__(pool, config, on_commit=on_commit, on_failed=on_failed, host=host)
-
 
 class TorchDistributedSender(StreamSender):
     """Sends messages in groups that meet at its store."""
@@ -267,20 +255,4 @@ class TorchDistributedSender(StreamSender):
 class TorchDistributedTransport(Transport):
     """The ``torch_distributed`` transport."""
 
-    @staticmethod
-    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
-        return PagePool(layout, num_pages)
-
-    @staticmethod
-    def make_receiver(
-        pool: PagePool,
-        config: TransportConfig,
-        *,
-        on_commit: Callable[[str, bytes], None],
-        on_failed: Callable[[str, str], None],
-    ) -> KVReceiver:
-        return TorchDistributedReceiver(pool, config, on_commit=on_commit, on_failed=on_failed)
-
-    @staticmethod
-    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
-        return TorchDistributedSender(pool, config)
+    receiver, sender = TorchDistributedReceiver, TorchDistributedSender

@@ -123,17 +123,21 @@ class KVSender(ABC):
         """Fail the open streams and stop every thread. Idempotent."""
 
 
-class Transport(ABC):
+class Transport:
     """A receiver and a sender that understand each other, and the pages they need. Never instantiated."""
 
-    @staticmethod
-    @abstractmethod
-    def allocate(layout: KVLayout, num_pages: int) -> PagePool:
-        """A pool in host memory that this transport can send from; a receiver can use any pool."""
+    receiver: Callable[..., KVReceiver]  # subclasses' class
+    sender: Callable[[PagePool, TransportConfig], KVSender]
+    pool: Callable[[KVLayout, int], PagePool] = PagePool
 
-    @staticmethod
-    @abstractmethod
+    @classmethod
+    def allocate(cls, layout: KVLayout, num_pages: int) -> PagePool:
+        """A pool in host memory that this transport can send from; a receiver can use any pool."""
+        return cls.pool(layout, num_pages)
+
+    @classmethod
     def make_receiver(
+        cls,
         pool: PagePool,
         config: TransportConfig,
         *,
@@ -141,11 +145,12 @@ class Transport(ABC):
         on_failed: Callable[[str, str], None],
     ) -> KVReceiver:
         """See ``KVReceiver``."""
+        return cls.receiver(pool, config, on_commit=on_commit, on_failed=on_failed)
 
-    @staticmethod
-    @abstractmethod
-    def make_sender(pool: PagePool, config: TransportConfig) -> KVSender:
+    @classmethod
+    def make_sender(cls, pool: PagePool, config: TransportConfig) -> KVSender:
         """See ``KVSender``."""
+        return cls.sender(pool, config)
 
 
 TRANSPORTS = Registry(

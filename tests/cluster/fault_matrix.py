@@ -165,7 +165,18 @@ def run_cells(cells: Sequence[Cell], *, transport: str = "tcp", policy: str = "s
 
 def is_good(result: dict[str, Any]) -> bool:
     """Whether nobody noticed anything but time."""
-    return result["exact"] == result["of"] and not result["held"]
+    return result["exact"] == result["of"] and not result["wrong"] and not result["held"]
+
+
+def report(name: str, options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> int:
+    """Print all results, keep them if ``options.save`` says so; 0 if every cell is good."""
+    content = {"options": vars(options), "cells": results, "num_good": sum(map(is_good, results))}
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    if options.save:
+        from benchmarks.machine import describe_run, keep_result
+
+        keep_result(describe_run(name) | content, options.save)
+    return int(content["num_good"] < len(results))
 
 
 def main() -> int:
@@ -188,13 +199,7 @@ def main() -> int:
     for result in run_cells(cells, transport=options.transport, policy=options.policy):
         results.append(result)
         logger.info("%s %s", "good" if is_good(result) else "BAD", result)
-    content = {"options": vars(options), "cells": results, "num_good": sum(map(is_good, results))}
-    sys.stdout.write(json.dumps(content, indent=1) + "\n")
-    if options.save:
-        from benchmarks.machine import describe_run, keep_result
-
-        keep_result(describe_run("fault_matrix") | content, options.save)
-    return int(content["num_good"] < len(results))
+    return report("fault_matrix", options, results)
 
 
 if __name__ == "__main__":

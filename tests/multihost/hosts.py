@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.networks import Network, make_network
+from benchmarks.networks import Network, make_network, run
 from tests.cli_server import CliServer, launch, wait_until
 from tests.ray_nodes import RayNodes, start_nodes
 
@@ -143,13 +143,6 @@ def call_inside(namespace: str, function: Callable[[], Any]) -> Any:
     if isinstance(done[0], BaseException):
         raise done[0]
     return done[0]
-
-
-def run(*words: str) -> None:
-    """A command that must succeed."""
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
 
 
 def names_of(status: dict[str, Any], role: str) -> Sequence[str]:

@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 
 from tests.cli_server import wait_until
+from tests.cluster.fault_matrix import is_good, report
 from tests.multihost.hosts import Hosts, names_of, start_hosts
 
 logger = logging.getLogger(__name__)
@@ -171,11 +172,6 @@ def hit_by(hosts: Hosts, fault: str, victim: str, host: int) -> None:
         hosts.signal(victim, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
 
 
-def is_good(result: dict[str, Any]) -> bool:
-    """Whether nobody noticed anything but time."""
-    return not result["wrong"] and not result["held"]
-
-
 def main() -> int:
     """Run the cells; 0 if all are good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,13 +192,7 @@ def main() -> int:
             if options.only in f"{role} {fault}":
                 results.append(run_cell(hosts, role, fault, seed))
                 logger.info("%s %s", "good" if is_good(results[-1]) else "BAD", results[-1])
-    content = {"options": vars(options), "cells": results, "num_good": sum(map(is_good, results))}
-    sys.stdout.write(json.dumps(content, indent=1) + "\n")
-    if options.save:
-        from benchmarks.machine import describe_run, keep_result
-
-        keep_result(describe_run("multihost") | content, options.save)
-    return int(content["num_good"] < len(results))
+    return report("multihost", options, results)
 
 
 if __name__ == "__main__":

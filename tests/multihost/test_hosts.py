@@ -3,8 +3,9 @@
 import pytest
 
 from benchmarks.networks import can_make_networks
+from tests.cluster.fault_matrix import is_good
 from tests.multihost.hosts import start_hosts
-from tests.multihost.matrix import OVERRIDES, is_good, run_cell
+from tests.multihost.matrix import OVERRIDES, run_cell
 
 pytestmark = [
     pytest.mark.slow,
