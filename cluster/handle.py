@@ -17,6 +17,11 @@ class WorkerHandle(Protocol):
         """``"prefill"`` or ``"decode"``."""
         ...
 
+    @property
+    def is_far(self) -> bool:
+        """Whether calls cost enough that the router should have a connection of its own."""
+        ...
+
     async def call(self, method: str, /, *args: Any) -> Any:
         """Call a coroutine method of the worker. Raises what it raised, ``WorkerLostError`` if it is gone."""
         ...
@@ -47,6 +52,11 @@ class LocalHandle:
     def role(self) -> str:
         """The worker's role."""
         return self._worker.role
+
+    @property
+    def is_far(self) -> bool:
+        """It is here."""
+        return False
 
     async def call(self, method: str, /, *args: Any) -> Any:
         """Call it directly."""

@@ -3,11 +3,15 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from cluster.config import ServeConfig
 from cluster.handle import Roster, WorkerHandle
-from cluster.peer import WorkerPeer
+from cluster.peer import Connect, WorkerPeer
 from cluster.serving import Health, WorkerStats
+from cluster.worker_line import connect
+from memory.config import TransportConfig
+from memory.tls import make_context
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ class Membership:
 
     def __init__(self, handles: Sequence[WorkerHandle], config: ServeConfig, *, any_role: bool) -> None:
         self._config, self._any_role = config, any_role
+        self._connect = _make_connect(config.transport)
         self._peers = [self._make_peer(handle) for handle in handles]
 
     def __iter__(self) -> Iterator[WorkerPeer]:
@@ -77,4 +82,14 @@ class Membership:
                     self._peers.remove(peer)
 
     def _make_peer(self, handle: WorkerHandle) -> WorkerPeer:
-        return WorkerPeer(handle, self._config.cluster.call_timeout_s, self._config.digest)
+        return WorkerPeer(handle, self._config.cluster.call_timeout_s, self._config.digest, self._connect)
+
+
+def _make_connect(transport: TransportConfig) -> Connect | None:
+    """How this process reaches workers; None: by Ray alone."""
+    try:
+        context = make_context(transport, server_side=False)
+    except ValueError as error:
+        logger.warning("%s; tokens come by Ray's calls, milliseconds later each", error)
+        return None
+    return partial(connect, context=context, timeout_s=transport.connect_timeout_s)

@@ -1,7 +1,7 @@
 """What the router and the workers say to each other: frozen, slotted dataclasses without I/O. (KV leases:
 ``memory/messages.py``; requests and deltas: ``longctx/messages.py``.)"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.serving import PoolStatus, QueueStats, WorkerStats
@@ -46,6 +46,15 @@ class WorkerReport:
     finished: tuple[tuple[str, str], ...]  # prefill workers: (request id, reason it failed, or "" if it was taken over)
     stats: WorkerStats | None = None  # now and then
     is_draining: bool = False  # it takes nothing new
+
+
+@dataclass(frozen=True, slots=True)
+class LineAddress:
+    """Where a worker listens for its router, and the key that opens one connection (``cluster/worker_line.py``)."""
+
+    host: str
+    port: int
+    key: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

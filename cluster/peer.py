@@ -1,23 +1,30 @@
 """What the router knows of one worker, and of one request on its way."""
 
 import asyncio
+import logging
 import secrets
+import ssl
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
 from cluster.delta_buffer import DeltaBuffer
 from cluster.handle import WorkerHandle
-from cluster.messages import WorkerInfo, WorkerReport
+from cluster.messages import LineAddress, WorkerInfo, WorkerReport
 from cluster.placed_prefixes import PlacedPrefixes, digest_prefix
 from cluster.policies.policy import WorkerLoad, count_pending
 from cluster.serving import WorkerHealth, WorkerStats
+from cluster.worker_line import CALLS, Line
 from longctx.errors import WorkerLostError
 from longctx.messages import SEED_BITS, EngineStats, GenerationRequest, OutputDelta
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+Connect = Callable[[LineAddress], Awaitable[Line]]
 
 PREFILL_WINDOW = 4  # a worker is given this many batches' prompt tokens at most, or one prompt
 
@@ -29,6 +36,7 @@ class WorkerPeer:
     handle: WorkerHandle
     call_timeout_s: float  # for what it answers between two steps
     deployment: str = ""  # that it has to belong to, if it says
+    connect: Connect | None = None  # to where it listens
     info: WorkerInfo | None = None
     transports: tuple[str, ...] = ()  # what it can send with
     is_alive: bool = False
@@ -40,6 +48,7 @@ class WorkerPeer:
     num_requests: int = 0  # placed here to be decoded, not finished
     prefixes: PlacedPrefixes = field(default_factory=PlacedPrefixes)
     _session: str = ""  # what the worker knows this router by since it joined
+    _line: Line | None = None
     _answers: set[asyncio.Future[Any]] = field(default_factory=set)  # awaited
 
     @property
@@ -64,25 +73,41 @@ class WorkerPeer:
         self._session = uuid.uuid4().hex
         await self.call("reset", self._session)
         self.transports = await self.call("transports")
+        if self.connect is not None and self.handle.is_far:
+            self._line = await self._open_line(self.connect)
         self.prefixes.clear()
         self.info, self.is_alive, self.reason = info, True, ""
         return info
 
     async def poll(self, config: ClusterConfig) -> WorkerReport:
         """What is new; raises ``WorkerLostError`` if it is silent or not the one that joined."""
-        poll = self.handle.call("poll", config.heartbeat_s, self._session)
+        line, session = self._line, self._session
+        news = line.next_report() if line is not None else self.handle.call("poll", config.heartbeat_s, session)
         timeout_s = config.heartbeat_s + config.worker_timeout_s
-        report: WorkerReport = await _within(timeout_s, poll, failure="it gave no sign of life for")
+        report: WorkerReport = await _within(timeout_s, news, failure="it gave no sign of life for")
         if self.info is None or report.incarnation != self.info.incarnation:
             raise WorkerLostError("it was restarted")
         return report
+
+    async def _open_line(self, connect: Connect) -> Line | None:
+        """None if it cannot be reached so: Ray's calls are slower, and go on working."""
+        address: LineAddress = await self.call("listen", self._session)
+        try:
+            return await connect(address)
+        except (OSError, ssl.SSLError) as error:
+            logger.warning(
+                "%s does not answer at %s:%d (%s): its tokens come by Ray's calls, milliseconds later each",
+                self.name, address.host, address.port, error or type(error).__name__,
+            )  # fmt: skip
+            return None
 
     async def call(self, method: str, *args: Any) -> Any:
         """What the worker answers.
 
         Raises what it raised, ``WorkerLostError`` as soon as ``lose`` is called, ``TimeoutError`` if it takes too long.
         """
-        answer = asyncio.ensure_future(self.handle.call(method, *args))
+        there = self._line if self._line is not None and method in CALLS else self.handle
+        answer = asyncio.ensure_future(there.call(method, *args))
         self._answers.add(answer)
         try:
             await asyncio.wait({answer}, timeout=self.call_timeout_s)
@@ -98,8 +123,15 @@ class WorkerPeer:
     def lose(self, reason: str) -> None:
         """Nothing more is expected of it; who waits for an answer is told so."""
         self.is_alive, self.reason = False, reason
+        self.hang_up()
         for answer in self._answers:
             answer.cancel()
+
+    def hang_up(self) -> None:
+        """Close the connection to it."""
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
 
     @property
     def is_open(self) -> bool:

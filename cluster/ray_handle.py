@@ -32,6 +32,11 @@ class RayHandle:
         return self._role
 
     @property
+    def is_far(self) -> bool:
+        """It is another process, mostly on another machine."""
+        return True
+
+    @property
     def actor(self) -> Any:
         """Ray's handle."""
         return self._actor

@@ -2,14 +2,13 @@
 
     client -> submit -> policy picks P and D -> D.admit: pages reserved, lease granted -> P.prefill(request, lease)
                  P computes, its transport fills D's pages, layer by layer
-    client <- deltas <- one long poll per worker, all requests together <- D
+    client <- deltas <- one connection per worker, all requests together <- D
 
 Prompts enter first come, first served, long ones and others apart; a prefill worker is given only so many tokens at a
 time, so that leases do not wait in its queue. Under a policy that repurposes, any worker may be P or D, or both for one
-request. Who dies or freezes is noticed by its poll, and costs time, not text: for a lost P the decode worker computes
-the prompt, for a lost D another one goes on behind the last token that the client has. (Over 300 lines: placing,
-leaving and following are one state machine over the same fields; what concerns one worker or request alone is in
-``peer.py``.)
+request. Who dies or falls silent costs time, not text: for a lost P the decode worker computes the prompt, for a lost D
+another one goes on behind the last token that the client has. (Over 300 lines: placing, leaving and following are one
+state machine over the same fields; what concerns one worker or request alone is in ``peer.py``.)
 """
 
 import asyncio
@@ -88,6 +87,8 @@ class Router:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for peer in self._peers:
+            peer.hang_up()
 
     def check_queue(self) -> None:
         """See ``ServingBackend.check_queue``."""

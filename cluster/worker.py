@@ -18,10 +18,11 @@ from functools import partial
 from typing import Any
 
 from cluster.config import ServeConfig
-from cluster.handle import WorkerHandle
-from cluster.messages import WorkerInfo, WorkerReport
+from cluster.handle import LocalHandle, WorkerHandle
+from cluster.messages import LineAddress, WorkerInfo, WorkerReport
 from cluster.rank_peers import RankPeers
 from cluster.serving import WorkerStats
+from cluster.worker_line import LineServer
 from longctx.engine.build import MakePool, build_engine
 from longctx.engine.engine import Engine
 from longctx.engine.loop import EngineLoop
@@ -30,6 +31,7 @@ from longctx.messages import OutputDelta
 from longctx.shards.group import ShardGroup
 from longctx.shards.plans import PlanChoice
 from memory.node_address import node_address
+from memory.tls import make_context
 from parallel.gloo_group import GlooGroup
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Worker(ABC):
         self._is_draining = False
         self.deployment = ""  # digest of the configuration that it was made with
         self._session = ""  # the router's, which alone is told what is new
+        self._line: LineServer | None = None
         self._lost = ""  # a rank or the engine, and why: nothing works any more
         self._stats: WorkerStats | None = None
         self._stats_due = 0.0
@@ -129,6 +132,17 @@ class Worker(ABC):
         deltas, finished = _drain(self._deltas), _drain(self._finished)
         return WorkerReport(self.incarnation, deltas, finished, self._take_stats(), self._is_draining)
 
+    async def listen(self, session: str) -> LineAddress:
+        """Where the router can connect, once, for reports and calls. Raises ``OSError``."""
+        self._check_open(session)
+        if self._line is None:
+            transport = self.config.transport
+            context = make_context(transport, server_side=True)
+            next_report = partial(self.poll, self.config.cluster.heartbeat_s)
+            call = LocalHandle(self).call
+            self._line = LineServer(transport.host or node_address(), context, next_report=next_report, call=call)
+        return await self._line.open(session)
+
     async def drain(self, is_draining: bool = True) -> None:
         """Take nothing new from now on, or again; what is here goes on."""
         self._is_draining = is_draining
@@ -152,6 +166,8 @@ class Worker(ABC):
     async def close(self) -> None:
         """Stop the engine and give everything back. Idempotent."""
         self._is_closed = True
+        if self._line is not None:
+            self._line.close()
         await self.ranks.unfollow()
         engine_loop, self._engine_loop = self._engine_loop, None
         if engine_loop is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.decode_side import DecodeSide
+from cluster.messages import WorkerReport
 from cluster.prefill_side import PrefillSide, StreamExport
 from cluster.worker import Worker
 from memory.frames import FrameSocket
@@ -102,7 +103,15 @@ def _hit(order: FaultOrder, partition: Partition) -> None:
 
 
 def _cut_links(partition: Partition) -> None:
-    """KV links neither take nor give anything while the process is cut off."""
+    """KV links and reports neither take nor give anything while the process is cut off."""
+    poll = Worker.poll
+
+    async def cut_poll(self: Worker, max_wait_s: float, session: str) -> WorkerReport:
+        report = await poll(self, max_wait_s, session)
+        await partition.wait_until_healed()
+        return report
+
+    Worker.poll = cut_poll  # type: ignore[method-assign]
     wait, receive = FrameSocket.wait, FrameSocket.receive_some
     send: Callable[..., None] = FrameSocket.send
 

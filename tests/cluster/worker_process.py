@@ -23,6 +23,8 @@ _SIZE = struct.Struct("<Q")
 class ProcessHandle:
     """A ``WorkerHandle`` on a worker of another process."""
 
+    is_far = True
+
     def __init__(self, name: str, role: str, config: ServeConfig, order: "FaultOrder | None" = None) -> None:
         self.name, self.role, self._config = name, role, config
         self._order = order  # of the first process; one that takes its place is not hit

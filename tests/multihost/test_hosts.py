@@ -1,5 +1,7 @@
 """A slice of the matrix on hosts of their own; ``python -m tests.multihost.matrix`` runs all of it."""
 
+import json
+
 import pytest
 
 from benchmarks.networks import can_make_networks
@@ -22,4 +24,4 @@ def hosts(tmp_path_factory):
 @pytest.mark.parametrize("role, fault", [("decode", "cut"), ("prefill", "mute"), ("decode", "kill")])
 def test_nobody_notices_but_time(hosts, role, fault):
     result = run_cell(hosts, role, fault, seed=3)
-    assert is_good(result), result
+    assert is_good(result), json.dumps(result)
