@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import ssl
 import uuid
@@ -17,7 +18,7 @@ from cluster.placed_prefixes import PlacedPrefixes, digest_prefix
 from cluster.policies.policy import WorkerLoad, count_pending
 from cluster.serving import WorkerHealth, WorkerStats
 from cluster.worker_line import CALLS, Line
-from longctx.errors import WorkerLostError
+from longctx.errors import WorkerLostError, WorkerSilentError
 from longctx.messages import SEED_BITS, EngineStats, GenerationRequest, OutputDelta
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class WorkerPeer:
     is_alive: bool = False
     is_draining: bool = False  # it takes nothing new
     reason: str = "it is loading the model"  # why not alive
+    is_silent: bool = False  # that is all that is known of it
     stats: WorkerStats | None = None
     pending: list[int] = field(default_factory=list)  # tokens of each prompt placed here that is to be computed
     num_prompts: int = 0  # placed here to be computed that prefill workers are for
@@ -112,7 +114,7 @@ class WorkerPeer:
         try:
             await asyncio.wait({answer}, timeout=self.call_timeout_s)
             if answer.cancelled():
-                raise WorkerLostError(f"{self.name} is lost: {self.reason}")
+                raise self.loss()
             if not answer.done():
                 raise TimeoutError(f"{self.name} did not answer within {self.call_timeout_s:g} s")
             return answer.result()
@@ -120,12 +122,17 @@ class WorkerPeer:
             self._answers.discard(answer)
             answer.cancel()
 
-    def lose(self, reason: str) -> None:
+    def lose(self, reason: str, *, is_silent: bool) -> None:
         """Nothing more is expected of it; who waits for an answer is told so."""
-        self.is_alive, self.reason = False, reason
+        self.is_alive, self.reason, self.is_silent = False, reason, is_silent
         self.hang_up()
         for answer in self._answers:
             answer.cancel()
+
+    def loss(self) -> WorkerLostError:
+        """What who needs it is told."""
+        kind = WorkerSilentError if self.is_silent else WorkerLostError
+        return kind(f"{self.name} is lost: {self.reason}")
 
     def hang_up(self) -> None:
         """Close the connection to it."""
@@ -224,6 +231,7 @@ class Flight:
     outputs: list[list[int] | None] = field(default_factory=list, repr=False)
     num_tries: int = 0  # that it was placed anew
     num_lost: int = 0  # decode workers that were lost under it
+    lost_at: float = -math.inf  # when the last was
 
     @property
     def num_tokens(self) -> int:
@@ -234,6 +242,13 @@ class Flight:
     def has_output(self) -> bool:
         """Whether the client has a token, or knows of an end."""
         return any(tokens is None or tokens for tokens in self.outputs)
+
+    def count_loss(self, now: float, *, was_silent: bool, window_s: float) -> None:
+        """Another decode worker was lost. Those that fall silent within ``window_s`` are one loss: then it is the
+        network that failed, and not this request that ends whoever has it.
+        """
+        self.num_lost += not (was_silent and now < self.lost_at + window_s)
+        self.lost_at = now
 
     def try_again(self) -> None:
         """Ask for what the client has not got, under a new id: what workers still say of the last try is not this
@@ -270,4 +285,4 @@ async def _within(timeout_s: float, answer: Awaitable[T], *, failure: str) -> T:
         async with asyncio.timeout(timeout_s):
             return await answer
     except TimeoutError:
-        raise WorkerLostError(f"{failure} {timeout_s:g} s") from None
+        raise WorkerSilentError(f"{failure} {timeout_s:g} s") from None

@@ -27,7 +27,7 @@ from cluster.policies import POLICIES
 from cluster.policies.policy import Policy, WorkerLoad
 from cluster.serving import Health, NotReadyError, PromptTokenizer, QueueStats, ServedModel, WorkerStats
 from cluster.waiting import WaitingRoom
-from longctx.errors import LongctxError, QueueFullError, WorkerDrainedError, WorkerLostError
+from longctx.errors import LongctxError, QueueFullError, WorkerDrainedError, WorkerLostError, WorkerSilentError
 from longctx.messages import GenerationRequest, OutputDelta
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Router:
                         await self._wait_for_place(flight)
                     deltas = await flight.buffer.take()
                 except (WorkerLostError, WorkerDrainedError) as error:
-                    self._retry(flight, is_lost=isinstance(error, WorkerLostError))
+                    self._retry(flight, error)
                     continue
                 num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 yield flight.to_client(deltas)
@@ -249,11 +249,14 @@ class Router:
 
     # Leaving
 
-    def _retry(self, flight: Flight, *, is_lost: bool) -> None:
+    def _retry(self, flight: Flight, error: WorkerLostError | WorkerDrainedError) -> None:
         """A request's decode worker was lost, or drains: another goes on behind what the client has."""
         lost = flight.decode.name if flight.decode else "a worker"
         self._leave(flight, cancels=True)
-        flight.num_lost += is_lost
+        if isinstance(error, WorkerLostError):
+            cluster, now = self._config.cluster, asyncio.get_running_loop().time()
+            window_s = cluster.heartbeat_s + cluster.worker_timeout_s  # it takes so long to notice
+            flight.count_loss(now, was_silent=isinstance(error, WorkerSilentError), window_s=window_s)
         if flight.num_lost >= MAX_TRIES:
             raise WorkerLostError(f"decode worker {lost} was lost, the last of {MAX_TRIES} that tried this request")
         del self._flights[flight.request.request_id]
@@ -299,20 +302,21 @@ class Router:
                     if peer.is_alive:  # nobody else noticed meanwhile that it is not
                         self._take(peer, report)
             except Exception as error:  # noqa: BLE001 - whatever it is, this worker cannot be used, and the reason is shown
-                self._lose(peer, str(error) or type(error).__name__)
+                self._lose(peer, error)
             await asyncio.sleep(REJOIN_INTERVAL_S)
 
-    def _lose(self, peer: WorkerPeer, reason: str) -> None:
+    def _lose(self, peer: WorkerPeer, error: Exception) -> None:
+        reason = str(error) or type(error).__name__
         if not peer.is_alive:
             peer.reason = reason
             return
         logger.log(logging.INFO if peer.is_draining else logging.ERROR, "%s is lost: %s", peer.name, reason)
-        peer.lose(reason)
+        peer.lose(reason, is_silent=isinstance(error, WorkerSilentError))
         if peer in self._peers.decoders:
             self._lost_at = asyncio.get_running_loop().time()
         for flight in list(self._flights.values()):
             if flight.decode is peer:
-                flight.buffer.fail(WorkerLostError(f"{peer.name} is lost: {reason}"))
+                flight.buffer.fail(peer.loss())
             elif flight.prefill is peer:
                 self._recover(flight, f"{peer.name} is lost")
         self._note_change()
@@ -374,11 +378,11 @@ class Router:
     async def _call(self, peer: WorkerPeer, method: str, *args: object):
         """See ``WorkerPeer.call``; a worker that cannot be reached is lost at once, not when its poll notices."""
         if not peer.is_alive:
-            raise WorkerLostError(f"{peer.name} is lost: {peer.reason}")
+            raise peer.loss()
         try:
             return await peer.call(method, *args)
         except WorkerLostError as error:
-            self._lose(peer, str(error))
+            self._lose(peer, error)
             raise
 
     def _spawn(self, coroutine) -> None:

@@ -55,5 +55,9 @@ class WorkerLostError(LongctxError):
     """A worker died or stopped answering while it held the request."""
 
 
+class WorkerSilentError(WorkerLostError):
+    """It stopped answering: it froze, or cannot be reached."""
+
+
 def _rebuild_request_error(message: str, param: str | None, code: str | None) -> RequestError:
     return RequestError(message, param=param, code=code)

@@ -10,7 +10,7 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.handle import LocalHandle
 from cluster.openai_errors import to_api_error
-from cluster.peer import WorkerPeer
+from cluster.peer import WorkerPeer, make_flight
 from cluster.serving import NotReadyError
 from cluster.serving_worker import ServingWorker
 from longctx.errors import WorkerLostError
@@ -167,6 +167,22 @@ def test_a_worker_that_cannot_be_reached_is_not_asked_again(folder, num_cut):
     else:
         assert sum(num_refused) == 3
         assert to_api_error(outcome[0]).status == 503
+
+
+@pytest.mark.parametrize(
+    "losses, num_counted",
+    [
+        ([(0.0, True), (0.1, True), (0.3, True), (1.8, True)], 1),  # the network failed, and each was noticed in turn
+        ([(0.0, True), (2.0, True), (4.0, True)], 3),  # each froze, with the request
+        ([(0.0, False), (0.1, False), (0.2, False)], 3),  # each ended, with the request
+        ([(0.0, False), (0.1, True), (5.0, False)], 2),
+    ],
+)
+def test_workers_that_fall_silent_together_are_one_loss(losses, num_counted):
+    flight = make_flight(make_request("r", make_prompt(0, 10)))
+    for moment, was_silent in losses:
+        flight.count_loss(moment, was_silent=was_silent, window_s=1.75)
+    assert flight.num_lost == num_counted
 
 
 def test_a_worker_that_can_be_reached_again_is_used_again(folder):
