@@ -5,8 +5,11 @@
 ``longctx serve cluster=colocated`` with the demo model. Capacity: what a closed loop of ``--places`` clients gets done.
 Each round asks alone first, one request after another, and then sends requests at random moments (an open loop: nobody
 waits for an answer) so many times as fast as that. ``refusal_ms``: sending to the end of the 429. ``ttft_ms``: sending
-to the first event with text. ``late_ms``: how much later than it should the load generator sent; where it is large,
-the generator and not the server was the slower one.
+to the first event with text. ``tpot_ms``: from there to the end, for each further token. ``late_ms``: how much later
+than it should the load generator sent; where it is large, the generator and not the server was the slower one.
+
+With ``--slo-ttft-ms`` and ``--slo-tpot-ms`` the server is told these targets, and ``slo_met`` says which share of the
+accepted requests kept both, as their clients saw it.
 """
 
 import argparse
@@ -50,6 +53,10 @@ class Timing:
     first_s: float  # to the first text
     end_s: float
     retry_after_s: int = 0
+
+    def tpot_s(self, outputs: int) -> float:
+        """Of an accepted one with so many tokens."""
+        return (self.end_s - self.first_s) / (outputs - 1)
 
 
 class Load:
@@ -138,20 +145,23 @@ async def measure(load: Load, options: argparse.Namespace) -> dict[str, Any]:
             alone += await load.ask_alone(session)
             for factor, rounds in loaded.items():
                 rounds.append(await load.overload(session, factor * capacity))
-                logger.info("round %d, %gx: %s", round_idx + 1, factor, describe(rounds[-1])["refusal_ms"])
+                logger.info("round %d, %gx: %s", round_idx + 1, factor, describe(rounds[-1], options))
     return {
         "capacity_requests_per_s": capacity,
-        "baseline": {"ttft_ms": quantiles([1e3 * timing.first_s for timing in alone])},
+        "baseline": {
+            "ttft_ms": quantiles([1e3 * timing.first_s for timing in alone]),
+            "tpot_ms": quantiles([1e3 * timing.tpot_s(options.outputs) for timing in alone]),
+        },
         "overload": [
             {"factor": factor, "requests_per_s": factor * capacity}
-            | describe([timing for timings in rounds for timing in timings])
-            | {"rounds": [describe(timings) for timings in rounds]}
+            | describe([timing for timings in rounds for timing in timings], options)
+            | {"rounds": [describe(timings, options) for timings in rounds]}
             for factor, rounds in loaded.items()
         ],
     }
 
 
-def describe(timings: Sequence[Timing]) -> dict[str, Any]:
+def describe(timings: Sequence[Timing], options: argparse.Namespace) -> dict[str, Any]:
     """What became of requests that were sent too fast."""
     refused = [timing for timing in timings if timing.status == 429]
     accepted = [timing for timing in timings if timing.status == 200]
@@ -164,8 +174,16 @@ def describe(timings: Sequence[Timing]) -> dict[str, Any]:
         "share_within_limit": within / max(1, len(refused)),
         "retry_after_s": quantiles([timing.retry_after_s for timing in refused]),
         "ttft_ms": quantiles([1e3 * timing.first_s for timing in accepted]),
+        "tpot_ms": quantiles([1e3 * timing.tpot_s(options.outputs) for timing in accepted]),
+        "slo_met": sum(keeps_targets(timing, options) for timing in accepted) / max(1, len(accepted)),
         "late_ms": quantiles([1e3 * timing.late_s for timing in timings]),
     }
+
+
+def keeps_targets(timing: Timing, options: argparse.Namespace) -> bool:
+    """Whether an accepted request got what the server was told; true without targets."""
+    ttft_ms, tpot_ms = options.slo_ttft_ms or float("inf"), options.slo_tpot_ms or float("inf")
+    return 1e3 * timing.first_s <= ttft_ms and 1e3 * timing.tpot_s(options.outputs) <= tpot_ms
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -182,6 +200,9 @@ def start_server(options: argparse.Namespace, folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = [sys.executable, "-m", "longctx.cli.main", "serve", "cluster=colocated", f"server.port={port}"]
+    for name in ("ttft", "tpot"):
+        if (target_ms := getattr(options, f"slo_{name}_ms")) is not None:
+            words.append(f"server.slo_{name}_s={target_ms / 1e3}")
     words += [f"server.max_requests={options.places}", "engine.kv_bytes=256MiB", "engine.num_threads=1"]
     # Ray's workers are nice (15): the load generator, and whatever else runs here, would keep the cores from them.
     tree = ProcessTree(words, folder / "serve.log", env={"RAY_worker_niceness": "0"}, cwd=REPOSITORY)
@@ -212,6 +233,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--places", type=int, default=16, help="server.max_requests")
+    parser.add_argument("--slo-ttft-ms", type=float, help="the server is told this target")
+    parser.add_argument("--slo-tpot-ms", type=float)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--outputs", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--seed", type=int, default=0)

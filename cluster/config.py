@@ -117,6 +117,16 @@ class ServerConfig:
     )
     max_body_bytes: str = option("32MiB", "largest request body", parse=parse_size)
     max_requests: int = option(256, "requests served or waiting at one time; more are answered 429", minimum=1)
+    slo_ttft_s: float | None = option(
+        None,
+        "seconds to the first token: fewer than max_requests are taken if that many would exceed it; null: no target",
+        above=0,
+    )
+    slo_tpot_s: float | None = option(None, "seconds for each further token, likewise", above=0)
+    slo_percentile: float = option(
+        95.0, "percent of the requests that are to keep slo_ttft_s and slo_tpot_s", minimum=1, maximum=100
+    )
+    slo_prompt_tokens: int = option(8192, "longer prompts do not count for slo_ttft_s", minimum=1)
     request_timeout_s: float = option(
         3600.0, "seconds a request may take in all; its field timeout may say less", above=0
     )
@@ -147,6 +157,9 @@ class RayConfig:
         "256MiB", "object store of the local Ray; KV does not travel through it", parse=parse_size
     )
     namespace: str = option("longctx", "Ray namespace; two deployments in one cluster need two")
+    max_restarts: int = option(
+        3, "times an hour that longctx serve starts anew if its local Ray dies; 0: it ends with an error", minimum=0
+    )
 
 
 @dataclass(frozen=True, slots=True)

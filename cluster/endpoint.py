@@ -31,6 +31,7 @@ from cluster.openapi import describe_api
 from cluster.rate_limit import Places, Tenants
 from cluster.routes import ChatRoute, CompletionRoute, most_prompts, unknown_model
 from cluster.serving import Health, ServingBackend, WorkerStats
+from cluster.slo_limit import SloLimit
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
     metrics = Metrics()
     board = PoolBoard(backend, metrics.window)
     places = Places(server.max_requests, time.monotonic, on_change=metrics.in_progress.set)
+    metrics.follow(SloLimit(server, places), lambda: places.limit)
     completions = CompletionRoute(backend, server, metrics=metrics, places=places)
     chat = ChatRoute(backend, server, metrics=metrics, places=places)
     ring = KeyRing(server)

@@ -3,9 +3,12 @@ moment or a start that fails."""
 
 import json
 import logging
+import os
 import shlex
 import signal
+import sys
 import threading
+import time
 
 from cluster.config import ServeConfig
 from cluster.key_ring import load_keys
@@ -18,13 +21,36 @@ from longctx.models.checkpoint import SHIPPED
 logger = logging.getLogger(__name__)
 
 
+RESTARTS = "LONGCTX_RESTARTS"  # environment variable: when this process started anew, in seconds since the epoch
+HOUR_S = 3600.0
+CHECK_INTERVAL_S = 0.25
+
+
+class RayStoppedError(LongctxError):
+    """The Ray under a deployment has ended."""
+
+
 class StopRequest(BaseException):
     """SIGINT, SIGTERM or SIGHUP came; not an error."""
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve until a signal comes; returns the exit code."""
+    """Serve until a signal comes; returns the exit code. If a Ray of ours dies, this process starts anew."""
     config, model = check(config)
+    taken = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    try:
+        return _serve(config, model)
+    except RayStoppedError as error:
+        if config.ray.address is not None or not (restarts := _count_restart(config.ray.max_restarts)):
+            raise
+        logger.error("%s: starting anew", error)
+    for number in taken:
+        signal.signal(number, signal.SIG_DFL)  # what is ignored stays so in the next program
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {RESTARTS: restarts})
+    raise AssertionError("another program runs here")
+
+
+def _serve(config: ServeConfig, model: ServedModel) -> int:
     from cluster.deployment import Deployment  # what it imports takes longer than a mistake deserves
 
     deployment = Deployment(config, model)
@@ -51,8 +77,8 @@ def serve(config: ServeConfig) -> int:
         logger.info("longctx serves %s on %s; Ctrl-C stops it", model.name, deployment.url)
         logger.info("ask it: %s", _example(config, model, deployment.url))
         while deployment.is_running():
-            stop.wait(1.0)
-        raise LongctxError("Ray stopped under longctx")
+            stop.wait(CHECK_INTERVAL_S)
+        raise RayStoppedError("Ray stopped under longctx")
     except StopRequest:
         return 0
     except Exception:
@@ -72,6 +98,14 @@ def serve(config: ServeConfig) -> int:
                 signal.signal(number, signal.SIG_IGN)  # nothing is left to stop: the exit code stands
         if was_asked:
             logger.info("stopped")
+
+
+def _count_restart(limit: int) -> str:
+    """The times of the last hour's starts after Ray died, for the next process, or nothing if there may be no more."""
+    now = time.time()
+    times = [float(word) for word in os.environ.get(RESTARTS, "").split()]
+    times = [each for each in times if now - HOUR_S < each <= now]
+    return " ".join(map(str, [*times, now])) if len(times) < limit else ""
 
 
 def _describe(config: ServeConfig) -> str:

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from cluster.autoscale.latency_window import LatencyWindow
 from cluster.pool_metrics import PoolMetrics
 from cluster.serving import PoolStatus, QueueStats, WorkerStats
+from cluster.slo_limit import SloLimit
 from longctx.messages import OutputDelta
 
 # Half a million tokens of prompt take minutes; a token takes a millisecond on a GPU and seconds behind a long prefill.
@@ -83,11 +84,36 @@ class Metrics:
             "longctx_requests", "Requests by how they ended", ["endpoint", "outcome"], registry=registry
         )
         self.in_progress = Gauge("longctx_requests_in_progress", "Requests being served or waiting", registry=registry)
+        self._limit = Gauge("longctx_requests_limit", "Requests that may be in progress", registry=registry)
+        self._targets = Gauge(
+            "longctx_slo_requests", "Requests by whether they kept a target", ["target", "met"], registry=registry
+        )
         self.window = LatencyWindow()
+        self._slo: SloLimit | None = None
         self._workers, self._pools = _WorkerCollector(), PoolMetrics(self.window)
         registry.register(self._workers)
         registry.register(self._pools)
         self._registry = registry
+
+    def follow(self, slo: SloLimit, read_limit: Callable[[], float]) -> None:
+        """Tell ``slo`` of latencies too, and show what comes of it."""
+        self._slo = slo
+        self._limit.set_function(read_limit)
+        for name, target in slo.targets.items():
+            self._targets.labels(name, "true").set_function(lambda target=target: target.num_met)
+            self._targets.labels(name, "false").set_function(lambda target=target: target.num_missed)
+
+    def note_ttft(self, seconds: float, num_prompt_tokens: int, *, started: float) -> None:
+        """A request that arrived at ``started`` has its first token."""
+        self.window.add_ttft(seconds, num_prompt_tokens)
+        if self._slo is not None:
+            self._slo.note_ttft(seconds, num_prompt_tokens, started=started)
+
+    def note_tpot(self, seconds: float, *, started: float) -> None:
+        """A sequence has ended that took so long for each token after its first."""
+        self.window.add_tpot(seconds)
+        if self._slo is not None:
+            self._slo.note_tpot(seconds, started=started)
 
     def render(
         self, workers: Sequence[WorkerStats], pools: Sequence[PoolStatus] = (), queue: QueueStats | None = None
@@ -123,13 +149,13 @@ class TokenTimer:
         if not self._first:
             self.worker = worker_of(delta.request_id)
             self._metrics.ttft.labels(self.worker).observe(now - self._started)
-            self._metrics.window.add_ttft(now - self._started, self._num_prompt_tokens)
+            self._metrics.note_ttft(now - self._started, self._num_prompt_tokens, started=self._started)
         first = self._first.setdefault(delta.index, now)
         num_tokens = self._num_tokens[delta.index] = self._num_tokens.get(delta.index, 0) + len(delta.token_ids)
         if delta.finish_reason is not None and num_tokens > 1:
             tpot = (now - first) / (num_tokens - 1)
             self._metrics.tpot.labels(self.worker).observe(tpot)
-            self._metrics.window.add_tpot(tpot)
+            self._metrics.note_tpot(tpot, started=self._started)
 
 
 class _WorkerCollector(Collector):

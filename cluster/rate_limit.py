@@ -65,13 +65,16 @@ class Places:
     def __init__(self, limit: int, clock: Clock, *, on_change: Callable[[int], None] | None = None) -> None:
         self.limit = limit
         self.num_held = 0
+        self.was_full = False  # somebody was refused; for whoever sets it back
         self._clock, self._on_change = clock, on_change
         self._ends: deque[float] = deque(maxlen=NUM_REMEMBERED)
         self._busy_since = clock()
 
     def has_room(self, count: int) -> bool:
         """Whether ``count`` more may be held."""
-        return not self.limit or self.num_held + count <= self.limit
+        has_room = not self.limit or self.num_held + count <= self.limit
+        self.was_full |= not has_room
+        return has_room
 
     def take(self, count: int) -> None:
         """Hold ``count`` more."""

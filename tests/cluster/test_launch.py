@@ -120,9 +120,19 @@ def test_interrupted_at_any_moment(tmp_path, delay_s):
 
 @pytest.mark.slow
 def test_ray_dies(tmp_path):
-    with launch(tmp_path) as server:
-        server.wait_until_ready()
-        next(each for each in server.family.values() if each.name() == "gcs_server").kill()
+    """Once it is started again, with everything; the second time that is too much."""
+    with launch(tmp_path, "ray.max_restarts=1") as server:
+        for is_last in (False, True):
+            server.wait_until_ready()
+            assert server.post("/v1/completions", prompt="import ", max_tokens=4).status_code == 200
+            before = dict(server.family)
+            [running] = [each for each in before.values() if each.is_running() and each.name() == "gcs_server"]
+            running.kill()
+            if not is_last:
+                wait_until(lambda: server.output().count("loading demo") == 2, 45, server.output)
+                assert "Ray stopped under longctx: starting anew" in server.output()
+                assert not [each for pid, each in before.items() if pid != server.process.pid and each.is_running()]
+                wait_until(lambda: server.output().count("ask it") == 2, 240, server.output)
         assert server.process.wait(45) == 1
         assert server.output().splitlines()[-1] == "error: Ray stopped under longctx"
         check_nothing_is_left(server)
