@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MAX_ONGOING = 100_000  # ours to refuse (server.max_requests), with an answer that says so
 GRACE_S = 3.0
-HEALTH_PERIOD_S = 5.0
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 4.0  # of three that are missed Serve replaces the process
 HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node
 SERVE_CONTROLLER_NAME, SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 SERVE_TIMEOUT_S = 30.0
@@ -206,6 +206,7 @@ def deployment_options(num_replicas: int = 1) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": GRACE_S + ENDING_S,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
 

@@ -10,7 +10,6 @@ What can be done to a worker: ``SIGKILL`` and ``SIGSTOP``. Needs root, ``ip`` an
 
 import ctypes
 import os
-import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.networks import Network, make_network, run
 from tests.cli_server import CliServer, launch, wait_until
@@ -68,9 +68,11 @@ class Hosts:
         self._set_port(host, "forwarding")
         self._point_neighbours(host, None)
 
-    def signal(self, name: str, number: signal.Signals) -> None:
-        """To a worker's process."""
-        os.kill(self.worker(name)["pid"], number)
+    def find(self, title: str) -> int:
+        """Process id of Ray's process on host 0 whose title begins so."""
+        children = psutil.Process(self.cluster.nodes[0].process.pid).children(recursive=True)
+        [found] = [each.pid for each in children if " ".join(each.cmdline()).startswith(title)]
+        return found
 
     def is_idle(self) -> bool:
         """Every worker is there, nothing runs, waits or holds a page."""

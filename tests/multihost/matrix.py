@@ -6,6 +6,9 @@ Four hosts (``hosts.py``): the endpoint's, and three with two prefill and two de
 and at a drawn moment a worker is killed or frozen, or its host is cut off or muted; after some seconds the host comes
 back. An answer must be the one that came before without a fault. ``tests.cluster.fault_matrix`` hits every point of
 the protocol, without Ray and without a network.
+
+Streams do not outlive the endpoint's process or Serve's proxy (``endpoint``, ``proxy``): there, who gets no whole
+answer asks again until one comes, and the question is when.
 """
 
 import argparse
@@ -34,10 +37,12 @@ logger = logging.getLogger(__name__)
 
 FAULTS = ("kill", "freeze", "cut", "mute")
 ROLES = ("prefill", "decode")
+FRONT = {"endpoint": "ray::ServeReplica:", "proxy": "ray::ProxyActor"}  # how their processes are called
 DOWN_S = 6.0  # that a host stays away, or a worker frozen
 NUM_STREAMS = 6
 MAX_TOKENS = 60
 ASK_TIMEOUT_S = 120.0
+RETRY_S, RETRY_READ_S = 0.1, 5.0  # who asks again: so long after a failure, and after so long without a sign
 OVERRIDES = (
     "cluster.num_prefill_workers=2",
     "cluster.num_decode_workers=2",
@@ -99,12 +104,24 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Answ
     return answer
 
 
-def ask_all(hosts: Hosts, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
-    """All at once."""
+async def ask_again(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Answer:
+    """Until there is a whole answer."""
+    ended = time.monotonic() + ASK_TIMEOUT_S
+    answer = await ask(client, url, body)
+    while answer.problem and time.monotonic() < ended:
+        await asyncio.sleep(RETRY_S)
+        answer = await ask(client, url, body)
+    return answer
+
+
+def ask_all(hosts: Hosts, bodies: Sequence[dict[str, Any]], *, again: bool = False) -> list[Answer]:
+    """All at once; with ``again`` as often as it takes."""
 
     async def run() -> list[Answer]:
-        async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
-            return list(await asyncio.gather(*(ask(client, hosts.server.url, body) for body in bodies)))
+        timeout = httpx.Timeout(ASK_TIMEOUT_S, read=RETRY_READ_S if again else ASK_TIMEOUT_S)
+        async with httpx.AsyncClient(timeout=timeout, limits=httpx.Limits(max_connections=None)) as client:
+            how = ask_again if again else ask
+            return list(await asyncio.gather(*(how(client, hosts.server.url, body) for body in bodies)))
 
     return hosts.run(lambda: asyncio.run(run()))
 
@@ -116,22 +133,26 @@ def run_cell(hosts: Hosts, role: str, fault: str, seed: int) -> dict[str, Any]:
     expected = ask_all(hosts, bodies)
     alone_s = time.monotonic() - begun
     wait_until(hosts.is_idle, 60, hosts.status)
-    victim = names_of(hosts.status(), role)[seed % 2]
-    host, pid = hosts.host_of(victim), hosts.worker(victim)["pid"]
+    is_front = role in FRONT
+    if is_front:
+        victim, host, pid = role, 0, hosts.find(FRONT[role])
+    else:
+        victim = names_of(hosts.status(), role)[seed % 2]
+        host, pid = hosts.host_of(victim), hosts.worker(victim)["pid"]
     delay_s = random.Random(seed).uniform(0.05, 0.6) * alone_s
     with ThreadPoolExecutor(1) as pool:
         salted = [body | {"cache_salt": "again"} for body in bodies]  # nothing is found in a prefix cache
-        asking = pool.submit(ask_all, hosts, salted)
+        asking = pool.submit(ask_all, hosts, salted, again=is_front)
         time.sleep(delay_s)
         hit = time.monotonic()
-        hit_by(hosts, fault, victim, host)
+        hit_by(hosts, fault, pid, host)
         lost_s = None
-        while time.monotonic() < hit + DOWN_S:
+        while time.monotonic() < hit + DOWN_S and not is_front:
             if lost_s is None and (not (seen := hosts.worker(victim))["alive"] or seen["pid"] != pid):
                 lost_s = time.monotonic() - hit
             time.sleep(0.02)
         hosts.heal(host)
-        if fault == "freeze":
+        if fault == "freeze" and not is_front:
             os.kill(pid, signal.SIGCONT)
         answers = asking.result()
     wrong = [
@@ -162,14 +183,14 @@ def run_cell(hosts: Hosts, role: str, fault: str, seed: int) -> dict[str, Any]:
     }
 
 
-def hit_by(hosts: Hosts, fault: str, victim: str, host: int) -> None:
+def hit_by(hosts: Hosts, fault: str, pid: int, host: int) -> None:
     """Let it happen."""
     if fault == "cut":
         hosts.cut(host)
     elif fault == "mute":
         hosts.mute(host)
     else:
-        hosts.signal(victim, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        os.kill(pid, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
 
 
 def main() -> int:
@@ -188,6 +209,7 @@ def main() -> int:
         start_hosts(Path(folder), *OVERRIDES, mbit=options.mbit) as hosts,
     ):
         cells = [(role, fault, seed) for seed in range(options.seeds) for role in ROLES for fault in FAULTS]
+        cells += [(role, fault, seed) for seed in range(options.seeds) for role in FRONT for fault in FAULTS[:2]]
         for role, fault, seed in cells:
             if options.only in f"{role} {fault}":
                 results.append(run_cell(hosts, role, fault, seed))
