@@ -112,11 +112,9 @@ def measure_overhead(url: str, vocab_size: int, profile: MachineProfile) -> floa
     return max(0.0, statistics.median(timing.ttft_s for timing in timings[2:]) - alone)
 
 
-def scale_trace(rate: float, options: argparse.Namespace) -> list[TracedRequest]:
+def scale_trace(rate: float, options: argparse.Namespace, *, shape: str = "azure_conversation") -> list[TracedRequest]:
     """Requests with shorter prompts and outputs; none is longer than the context."""
-    trace = draw_trace(
-        TRACES["azure_conversation"], rate=rate, duration_s=options.duration, seed=int(10 * rate), steady=True
-    )
+    trace = draw_trace(TRACES[shape], rate=rate, duration_s=options.duration, seed=int(10 * rate), steady=True)
     return [
         TracedRequest(
             each.arrival_s,
