@@ -130,8 +130,13 @@ class ServerConfig:
     request_timeout_s: float = option(
         3600.0, "seconds a request may take in all; its field timeout may say less", above=0
     )
+    proxy: bool | None = option(
+        None,
+        "requests come through Ray Serve's HTTP proxy; false: the endpoint listens itself, on the head node; null: "
+        "through the proxy in a cluster that was joined",
+    )
     standby: bool = option(
-        True, "with a local Ray, a second process of the endpoint stands by and takes over when the first dies"
+        True, "without the proxy, a second process of the endpoint stands by and takes over when the first dies"
     )
     standby_timeout_s: float = option(
         2.0, "seconds of silence after which the endpoint's process is taken for frozen, and killed", minimum=1

@@ -137,9 +137,10 @@ class Deployment:
         self._host = {"0.0.0.0": "127.0.0.1" if is_here else head, "::": "::1" if is_here else head}.get(
             server.host, server.host
         )
-        app = ServeApp(self._config, has_proxy=not self._session.is_local, folder=self._session.folder)
+        has_proxy = not self._session.is_local if server.proxy is None else server.proxy
+        app = ServeApp(self._config, has_proxy=has_proxy, folder=self._session.folder)
         app.join()
-        if is_here and not self._session.is_local and not app.found_serve:
+        if is_here and not self._session.is_local and not (has_proxy and app.found_serve):
             check_port(server)
         self._app = app
 

@@ -6,12 +6,14 @@ process on its way out. In a cluster that was joined, Serve's HTTP proxy listens
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from starlette.applications import Starlette
 
@@ -37,6 +39,7 @@ HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node
 SERVE_CONTROLLER_NAME, SERVE_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 SERVE_TIMEOUT_S = 30.0
 STANDBY_DELAY_S, STANDBY_POLL_S = 5.0, 0.05
+ENDPOINT_FOLDER = Path("/tmp")  # of the head node, where processes of the endpoint know each other by a file
 
 logger = logging.getLogger(__name__)
 EXCHANGE_TIMEOUT_S = 10.0
@@ -48,12 +51,13 @@ class ServeApp:
     Args:
         config: the deployment's.
         has_proxy: requests come through Serve's proxy.
-        folder: of this deployment alone, on the endpoint's host; None: no second process stands by.
+        folder: of this deployment alone, on this host; None: in a cluster that was joined.
     """
 
     def __init__(self, config: ServeConfig, *, has_proxy: bool, folder: Path | None = None) -> None:
         self._config = config
-        self._turn_file = None if folder is None else folder / "endpoint.turn"
+        self._is_here = folder is not None
+        self._turn_file = (folder or ENDPOINT_FOLDER) / f"longctx-endpoint-{secrets.token_hex(8)}.turn"
         self._has_proxy = has_proxy
         self._name = config.ray.namespace
         self._owns_serve = True  # nobody else used Serve before us
@@ -66,6 +70,9 @@ class ServeApp:
         try:
             controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         except ValueError:
+            return
+        if not self._has_proxy:
+            self._join_beside()
             return
         server = self._config.server
         found: Any = ray.get(controller.get_http_config.remote(), timeout=SERVE_TIMEOUT_S)
@@ -83,6 +90,14 @@ class ServeApp:
         self.found_serve = True
         self._owns_serve = set(serve.status().applications) == {self._name}  # left by one that was killed
 
+    def _join_beside(self) -> None:
+        """Use the Serve that runs, and not its proxy."""
+        self.found_serve = True
+        applications = set(serve.status().applications)
+        self._owns_serve = applications == {self._name}
+        if self._name in applications:  # left by one that was killed: it has the port
+            serve.delete(self._name)
+
     def deploy(self, model: ServedModel) -> None:
         """Start Serve and the endpoint on ``server.host:server.port``; returns when it answers.
 
@@ -94,7 +109,8 @@ class ServeApp:
             host=server.host, port=server.port, ssl_certfile=server.tls_certificate, ssl_keyfile=server.tls_key
         )
         location = "HeadOnly" if self._has_proxy else "Disabled"
-        serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
+        if self._has_proxy or not self.found_serve:
+            serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
         if self._has_proxy:
             build = _make_builder(self._config, model)
             behind: Any = serve.deployment(**deployment_options())(serve.ingress(build)(BehindProxy))
@@ -125,12 +141,24 @@ class ServeApp:
         """End the endpoint if it was begun, and Serve with it unless others use it."""
         if not self._is_deployed:
             return
-        if self._turn_file is not None:
-            self._turn_file.unlink(missing_ok=True)
+        self._end_turns()
         if not self._owns_serve or set(serve.status().applications) - {self._name}:
             serve.delete(self._name)
         else:
             serve.shutdown()
+
+    def _end_turns(self) -> None:
+        """Nobody takes over from who stops now."""
+        if self._has_proxy:
+            return
+        if self._is_here:
+            _remove(self._turn_file)
+            return
+        remove: Any = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: 0.001})(_remove)
+        try:
+            ray.get(remove.remote(self._turn_file), timeout=SERVE_TIMEOUT_S)
+        except RayError as error:
+            logger.warning("%s stays on the head node: %s", self._turn_file, error)
 
 
 class BehindProxy:
@@ -209,6 +237,10 @@ def deployment_options(num_replicas: int = 1) -> dict[str, Any]:
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def load_endpoint(config: ServeConfig) -> "Tokenizer":

@@ -69,10 +69,13 @@ class Hosts:
         self._point_neighbours(host, None)
 
     def find(self, title: str) -> int:
-        """Process id of Ray's process on host 0 whose title begins so."""
+        """Process id of Ray's process on host 0 whose title begins so; the one that listens, if there are several."""
         children = psutil.Process(self.cluster.nodes[0].process.pid).children(recursive=True)
-        [found] = [each.pid for each in children if " ".join(each.cmdline()).startswith(title)]
-        return found
+        found = [each for each in children if " ".join(each.cmdline()).startswith(title)]
+        if len(found) > 1:
+            found = [each for each in found if any(end.laddr.port == PORT for end in each.net_connections("tcp"))]
+        [only] = found
+        return only.pid
 
     def is_idle(self) -> bool:
         """Every worker is there, nothing runs, waits or holds a page."""

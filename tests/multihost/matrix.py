@@ -8,7 +8,8 @@ back. An answer must be the one that came before without a fault. ``tests.cluste
 the protocol, without Ray and without a network.
 
 Streams do not outlive the endpoint's process or Serve's proxy (``endpoint``, ``proxy``): there, who gets no whole
-answer asks again until one comes, and the question is when.
+answer asks again until one comes, and the question is when. With ``--listens`` the endpoint listens itself, one stands
+by, and there is no proxy.
 """
 
 import argparse
@@ -42,6 +43,7 @@ DOWN_S = 6.0  # that a host stays away, or a worker frozen
 NUM_STREAMS = 6
 MAX_TOKENS = 60
 ASK_TIMEOUT_S = 120.0
+STANDBY_S = 12.0  # until who stands by has loaded everything
 RETRY_S, RETRY_READ_S = 0.1, 5.0  # who asks again: so long after a failure, and after so long without a sign
 OVERRIDES = (
     "cluster.num_prefill_workers=2",
@@ -135,6 +137,7 @@ def run_cell(hosts: Hosts, role: str, fault: str, seed: int) -> dict[str, Any]:
     wait_until(hosts.is_idle, 60, hosts.status)
     is_front = role in FRONT
     if is_front:
+        time.sleep(STANDBY_S)
         victim, host, pid = role, 0, hosts.find(FRONT[role])
     else:
         victim = names_of(hosts.status(), role)[seed % 2]
@@ -198,6 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2, help="cells for each role and fault")
     parser.add_argument("--only", default="", help="cells whose 'role fault' has this")
+    parser.add_argument("--listens", action="store_true", help="server.proxy=false")
     parser.add_argument("--mbit", type=float, default=1000, help="of each host's port")
     parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
     options = parser.parse_args()
@@ -206,10 +210,11 @@ def main() -> int:
     results = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        start_hosts(Path(folder), *OVERRIDES, mbit=options.mbit) as hosts,
+        start_hosts(Path(folder), *OVERRIDES, f"server.proxy={not options.listens}", mbit=options.mbit) as hosts,
     ):
         cells = [(role, fault, seed) for seed in range(options.seeds) for role in ROLES for fault in FAULTS]
-        cells += [(role, fault, seed) for seed in range(options.seeds) for role in FRONT for fault in FAULTS[:2]]
+        front = ["endpoint"] if options.listens else list(FRONT)
+        cells += [(role, fault, seed) for seed in range(options.seeds) for role in front for fault in FAULTS[:2]]
         for role, fault, seed in cells:
             if options.only in f"{role} {fault}":
                 results.append(run_cell(hosts, role, fault, seed))
