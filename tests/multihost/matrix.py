@@ -207,10 +207,11 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    overrides = [*OVERRIDES, f"server.proxy={not options.listens}", f"server.standby={options.listens}"]
     results = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        start_hosts(Path(folder), *OVERRIDES, f"server.proxy={not options.listens}", mbit=options.mbit) as hosts,
+        start_hosts(Path(folder), *overrides, mbit=options.mbit) as hosts,
     ):
         cells = [(role, fault, seed) for seed in range(options.seeds) for role in ROLES for fault in FAULTS]
         front = ["endpoint"] if options.listens else list(FRONT)
