@@ -22,6 +22,7 @@ import httpx
 import psutil
 
 from benchmarks.networks import Network, make_network, run
+from cluster.serve_app import ENDPOINT_FOLDER
 from tests.cli_server import CliServer, launch, wait_until
 from tests.ray_nodes import RayNodes, start_nodes
 
@@ -69,13 +70,15 @@ class Hosts:
         self._point_neighbours(host, None)
 
     def find(self, title: str) -> int:
-        """Process id of Ray's process on host 0 whose title begins so; the one that listens, if there are several."""
+        """Process id of Ray's process on host 0 whose title begins so; the one that serves, if there are several."""
         children = psutil.Process(self.cluster.nodes[0].process.pid).children(recursive=True)
-        found = [each for each in children if " ".join(each.cmdline()).startswith(title)]
+        found = [each.pid for each in children if " ".join(each.cmdline()).startswith(title)]
         if len(found) > 1:
-            found = [each for each in found if any(end.laddr.port == PORT for end in each.net_connections("tcp"))]
+            turns = ENDPOINT_FOLDER.glob("longctx-endpoint-*.turn")
+            holders = {int.from_bytes(path.read_bytes()[:8], "little") for path in turns}
+            found = [pid for pid in found if pid in holders]
         [only] = found
-        return only.pid
+        return only
 
     def is_idle(self) -> bool:
         """Every worker is there, nothing runs, waits or holds a page."""
