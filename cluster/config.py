@@ -133,7 +133,7 @@ class ServerConfig:
     proxy: bool | None = option(
         None,
         "requests come through Ray Serve's HTTP proxy; false: the endpoint listens itself, on the head node; null: "
-        "through the proxy in a cluster that was joined",
+        "through the proxy if a cluster that was joined has one that listens",
     )
     standby: bool = option(
         True, "without the proxy, a second process of the endpoint stands by and takes over when the first dies"

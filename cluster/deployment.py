@@ -137,10 +137,10 @@ class Deployment:
         self._host = {"0.0.0.0": "127.0.0.1" if is_here else head, "::": "::1" if is_here else head}.get(
             server.host, server.host
         )
-        has_proxy = not self._session.is_local if server.proxy is None else server.proxy
-        app = ServeApp(self._config, has_proxy=has_proxy, folder=self._session.folder)
+        app = ServeApp(self._config, folder=self._session.folder)
         app.join()
-        if is_here and not self._session.is_local and not (has_proxy and app.found_serve):
+        is_ours = app.found_serve if app.has_proxy else app.found_endpoint  # who listens there
+        if is_here and not self._session.is_local and not is_ours:
             check_port(server)
         self._app = app
 

@@ -50,19 +50,19 @@ class ServeApp:
 
     Args:
         config: the deployment's.
-        has_proxy: requests come through Serve's proxy.
         folder: of this deployment alone, on this host; None: in a cluster that was joined.
     """
 
-    def __init__(self, config: ServeConfig, *, has_proxy: bool, folder: Path | None = None) -> None:
+    def __init__(self, config: ServeConfig, *, folder: Path | None = None) -> None:
         self._config = config
         self._is_here = folder is not None
         self._turn_file = (folder or ENDPOINT_FOLDER) / f"longctx-endpoint-{secrets.token_hex(8)}.turn"
-        self._has_proxy = has_proxy
+        self.has_proxy = config.server.proxy is True  # or what ``join`` finds
         self._name = config.ray.namespace
         self._owns_serve = True  # nobody else used Serve before us
         self._is_deployed = False
-        self.found_serve = False  # one runs, and listens already
+        self.found_serve = False  # one runs already
+        self.found_endpoint = False  # with an endpoint of this name in it
 
     def join(self) -> None:
         """Look for a Serve that runs; raises ``ConfigError`` if it listens elsewhere: a cluster has one."""
@@ -71,11 +71,18 @@ class ServeApp:
             controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         except ValueError:
             return
-        if not self._has_proxy:
-            self._join_beside()
-            return
+        if self._config.server.proxy is None:
+            location = ray.get(controller.get_proxy_location.remote(), timeout=SERVE_TIMEOUT_S)
+            self.has_proxy = location not in (None, "Disabled")
+        if self.has_proxy:
+            self._check_proxy(ray.get(controller.get_http_config.remote(), timeout=SERVE_TIMEOUT_S))
+        self.found_serve = True
+        applications = set(serve.status().applications)
+        self.found_endpoint = self._name in applications  # left by one that was killed
+        self._owns_serve = applications == {self._name}
+
+    def _check_proxy(self, found: Any) -> None:
         server = self._config.server
-        found: Any = ray.get(controller.get_http_config.remote(), timeout=SERVE_TIMEOUT_S)
         if (found.host, found.port) != (server.host, server.port):
             raise ConfigError(
                 f"server.host={server.host} server.port={server.port} is not possible: this cluster's Ray Serve "
@@ -87,16 +94,6 @@ class ServeApp:
                 "this cluster's Ray Serve listens already, and keeps that until it is stopped (serve shutdown); use "
                 f"server.tls_certificate={found.ssl_certfile or 'null'} server.tls_key={found.ssl_keyfile or 'null'}"
             )
-        self.found_serve = True
-        self._owns_serve = set(serve.status().applications) == {self._name}  # left by one that was killed
-
-    def _join_beside(self) -> None:
-        """Use the Serve that runs, and not its proxy."""
-        self.found_serve = True
-        applications = set(serve.status().applications)
-        self._owns_serve = applications == {self._name}
-        if self._name in applications:  # left by one that was killed: it has the port
-            serve.delete(self._name)
 
     def deploy(self, model: ServedModel) -> None:
         """Start Serve and the endpoint on ``server.host:server.port``; returns when it answers.
@@ -108,10 +105,12 @@ class ServeApp:
         options = HTTPOptions(
             host=server.host, port=server.port, ssl_certfile=server.tls_certificate, ssl_keyfile=server.tls_key
         )
-        location = "HeadOnly" if self._has_proxy else "Disabled"
-        if self._has_proxy or not self.found_serve:
+        location = "HeadOnly" if self.has_proxy else "Disabled"
+        if self.found_endpoint and not self.has_proxy:
+            serve.delete(self._name)  # it has the port
+        if self.has_proxy or not self.found_serve:
             serve.start(proxy_location=location, http_options=options, logging_config={"log_level": "WARNING"})
-        if self._has_proxy:
+        if self.has_proxy:
             build = _make_builder(self._config, model)
             behind: Any = serve.deployment(**deployment_options())(serve.ingress(build)(BehindProxy))
             serve.run(behind.bind(), name=self._name, route_prefix="/")
@@ -149,7 +148,7 @@ class ServeApp:
 
     def _end_turns(self) -> None:
         """Nobody takes over from who stops now."""
-        if self._has_proxy:
+        if self.has_proxy:
             return
         if self._is_here:
             _remove(self._turn_file)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -109,7 +110,8 @@ def test_joins_serves_and_leaves(tmp_path, cluster):
 def test_https_through_serves_proxy(tmp_path, cluster):
     made = make_certificate(tmp_path / "tls", "127.0.0.1")
     address = f"ray.address={cluster.address}"
-    with launch(tmp_path, address, *made.overrides, env=cluster.env, ca=made.certificate) as server:
+    own = (*made.overrides, "server.proxy=true")
+    with launch(tmp_path, address, *own, env=cluster.env, ca=made.certificate) as server:
         server.wait_until_ready()
         assert server.post("/v1/completions", prompt="import ", max_tokens=4).status_code == 200
         beside = run_longctx("serve", address, f"server.port={server.port}", "ray.namespace=other", env=cluster.env)
@@ -124,12 +126,13 @@ def test_a_namespace_is_used_once(tmp_path, cluster):
     with launch(tmp_path, f"ray.address={cluster.address}", env=cluster.env) as server:
         server.wait_until_ready()
         address = f"ray.address={cluster.address}"
-        elsewhere = run_longctx("serve", address, f"server.port={free_port()}", env=cluster.env)
-        assert elsewhere.returncode == 2
-        assert f"server.port={server.port}" in elsewhere.stderr
-        beside = run_longctx("serve", address, f"server.port={server.port}", env=cluster.env)
-        assert beside.returncode == 2
-        assert "ray.namespace='longctx' is in use" in beside.stderr
+        for port in (free_port(), server.port):
+            beside = run_longctx("serve", address, f"server.port={port}", env=cluster.env)
+            assert beside.returncode == 2
+            assert "ray.namespace='longctx' is in use" in beside.stderr
+        other = run_longctx("serve", address, f"server.port={server.port}", "ray.namespace=other", env=cluster.env)
+        assert other.returncode == 2
+        assert f"server.port={server.port} cannot be listened on" in other.stderr
         assert server.post("/v1/completions", prompt="import ", max_tokens=4).status_code == 200
         assert server.stop() == 0
         check_nothing_is_left(server, cluster)
@@ -140,11 +143,24 @@ def test_a_killed_command_is_replaced(tmp_path, cluster):
     with launch(tmp_path, f"ray.address={cluster.address}", env=cluster.env) as killed:
         killed.wait_until_ready()
         assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
+        wait_until(lambda: httpx.get(killed.url + "/health").status_code == 503, 60)  # its workers end with it
         with launch(tmp_path, f"ray.address={cluster.address}", env=cluster.env, port=killed.port) as server:
             server.wait_until_ready()
             assert server.post("/v1/completions", prompt="import os\n" * 100, max_tokens=4).status_code == 200
             assert server.stop() == 0
             check_nothing_is_left(server, cluster)
+
+
+def test_behind_a_proxy_that_listens(tmp_path, cluster):
+    """Who finds Serve's proxy goes through it, where it is."""
+    address = f"ray.address={cluster.address}"
+    with launch(tmp_path, address, "server.proxy=true", env=cluster.env) as server:
+        server.wait_until_ready()
+        elsewhere = run_longctx("serve", address, f"server.port={free_port()}", "ray.namespace=b", env=cluster.env)
+        assert elsewhere.returncode == 2
+        assert f"use server.host=127.0.0.1 server.port={server.port}" in elsewhere.stderr
+        assert server.stop() == 0
+        check_nothing_is_left(server, cluster)
 
 
 @pytest.mark.parametrize(
