@@ -1,7 +1,7 @@
 """The endpoint on Ray Serve: one replica that holds the router.
 
-In a Ray of our own the replica listens itself: Serve places it, watches it and restarts it, and no token passes another
-process on its way out. In a cluster that was joined, Serve's HTTP proxy listens, as it does for the other applications.
+The replica listens itself: Serve places it, watches it and restarts it, and no token passes another process on its way
+out. Where Serve has an HTTP proxy that listens, in a cluster that was joined, requests come through that.
 """
 
 import asyncio
@@ -229,7 +229,7 @@ def deployment_options(num_replicas: int = 1) -> dict[str, Any]:
         "name": "endpoint",
         "num_replicas": num_replicas,
         "max_ongoing_requests": MAX_ONGOING,
-        "ray_actor_options": {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}},  # with the proxy: one host to lose
+        "ray_actor_options": {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}},  # one host to lose
         "graceful_shutdown_timeout_s": GRACE_S + ENDING_S,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": HEALTH_PERIOD_S,
