@@ -23,7 +23,8 @@ def merge_partial_(
     """Merge a partial result into ``out_BSHD`` and ``lse_BSH``, in place, with the device's implementation.
 
     Args:
-        out_BSHD, lse_BSH: float32 (float64); a row that has seen nothing yet is zero and minus infinity.
+        out_BSHD, lse_BSH: float32 (float64); a row that has seen nothing yet is zero and minus infinity. The batch
+            dimension may be missing.
         partial_out_BSHD: the same shape, in the same dtype or in half precision.
         partial_lse_BSH: shape and dtype of ``lse_BSH``; every row has seen at least one key.
     """

@@ -25,6 +25,10 @@ def merge_with_triton_(
         partial_out_BSHD: the same shape, any floating dtype; not read where ``partial_lse_BSH`` is minus infinity.
         partial_lse_BSH: the shape of ``lse_BSH``.
     """
+    if out_BSHD.dim() == 3:
+        out_BSHD, lse_BSH, partial_out_BSHD, partial_lse_BSH = (
+            x[None] for x in (out_BSHD, lse_BSH, partial_out_BSHD, partial_lse_BSH)
+        )
     batch_size, num_tokens, num_heads, head_dim = out_BSHD.shape
     num_rows = batch_size * num_tokens * num_heads
     if not num_rows:
