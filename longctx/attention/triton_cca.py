@@ -47,12 +47,19 @@ class AttendWithTriton(torch.autograd.Function):
         keys: Any = _backward_keys
         sums = dout, lse_BHS, delta_BHS
         with torch.cuda.device_of(q):
-            queries[launch.query_grid](*tensors, *sums, dq, *launch.sizes, **launch.backward)
+            queries[launch.query_grid](*tensors, *sums, dq, *launch.sizes, **launch.backward_queries)
             for given, targets, is_core in (((k, v), (dk, dv), False), ((core_k, core_v), (dcore_k, dcore_v), True)):
                 if given[0].numel():
                     grid = launch.key_grid(given[0].shape[1])
                     keys[grid](
-                        q, *given, *sums, *targets, given[0].shape[1], *launch.sizes, IS_CORE=is_core, **launch.backward
+                        q,
+                        *given,
+                        *sums,
+                        *targets,
+                        given[0].shape[1],
+                        *launch.sizes,
+                        IS_CORE=is_core,
+                        **launch.backward_keys,
                     )
         return dq, dk, dv, dcore_k, dcore_v, None, None, None
 
@@ -68,7 +75,8 @@ class _Launch:
         precision = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
         common: dict[str, Any] = {"DIM": padded_dim, "COLUMNS": 32 if is_wide else 64, "PRECISION": precision}
         self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
-        self.backward = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
+        self.backward_queries = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
+        self.backward_keys = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads, self._batch)
 
     def key_grid(self, num_keys: int) -> Any:
@@ -108,7 +116,7 @@ def _forward(
     num_tokens,
     num_heads,
     members,
-    head_dim,
+    head_dim: tl.constexpr,
     group_size,
     window,
     scale,
@@ -190,7 +198,7 @@ def _backward_queries(
     num_tokens,
     num_heads,
     members,
-    head_dim,
+    head_dim: tl.constexpr,
     group_size,
     window,
     scale,
@@ -244,7 +252,7 @@ def _backward_keys(
     num_tokens,
     num_heads,
     members,
-    head_dim,
+    head_dim: tl.constexpr,
     group_size,
     window,
     scale,

@@ -75,8 +75,8 @@ class _TritonLandmark(torch.autograd.Function):
         keys: Any = _backward_keys
         given = q, k, v, dout, lse_HS, delta_HS
         with torch.cuda.device_of(q):
-            queries[launch.query_grid](*given, dq, *launch.tables, *launch.sizes, **launch.backward)
-            keys[launch.key_grid](*given, dk, dv, *launch.tables, *launch.sizes, **launch.backward)
+            queries[launch.query_grid](*given, dq, *launch.tables, *launch.sizes, **launch.backward_queries)
+            keys[launch.key_grid](*given, dk, dv, *launch.tables, *launch.sizes, **launch.backward_keys)
         return dq, dk, dv, None, None
 
 
@@ -99,7 +99,8 @@ class _Launch:
             "PRECISION": precision,
         }
         self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
-        self.backward = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
+        self.backward_queries = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
+        self.backward_keys = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads, 1)
         self.key_grid = lambda meta: (triton.cdiv(tables.num_blocks, meta["BLOCKS"]), num_kv_heads, 1)
 
@@ -153,7 +154,7 @@ def _forward(
     num_blocks,
     num_heads,
     group_size,
-    head_dim,
+    head_dim: tl.constexpr,
     scale,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -251,7 +252,7 @@ def _backward_queries(
     num_blocks,
     num_heads,
     group_size,
-    head_dim,
+    head_dim: tl.constexpr,
     scale,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -308,7 +309,7 @@ def _backward_keys(
     num_blocks,
     num_heads,
     group_size,
-    head_dim,
+    head_dim: tl.constexpr,
     scale,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,

@@ -11,23 +11,29 @@ import triton.language as tl
 def _sum(x_RC, ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr):
     """Over the slots of each block: ``[R, M]``."""
     if BLOCKS == 1:
-        return tl.sum(x_RC, 1)[:, None]
-    return tl.sum(tl.reshape(x_RC, (ROWS, BLOCKS, SLOTS)), 2)
+        sum_RM = tl.sum(x_RC, 1)[:, None]
+    else:
+        sum_RM = tl.sum(tl.reshape(x_RC, (ROWS, BLOCKS, SLOTS)), 2)
+    return sum_RM  # the only return: under a compiler all of a function's are to be of one shape
 
 
 @triton.jit
 def _max(x_RC, ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr):
     if BLOCKS == 1:
-        return tl.max(x_RC, 1)[:, None]
-    return tl.max(tl.reshape(x_RC, (ROWS, BLOCKS, SLOTS)), 2)
+        largest_RM = tl.max(x_RC, 1)[:, None]
+    else:
+        largest_RM = tl.max(tl.reshape(x_RC, (ROWS, BLOCKS, SLOTS)), 2)
+    return largest_RM
 
 
 @triton.jit
 def spread(x_RM, ROWS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr):
     """A block's number for each of its slots, to be used with ``[R, C]``."""
     if BLOCKS == 1:
-        return x_RM
-    return tl.reshape(tl.broadcast_to(x_RM[:, :, None], (ROWS, BLOCKS, SLOTS)), (ROWS, BLOCKS * SLOTS))
+        x_RC = x_RM
+    else:
+        x_RC = tl.reshape(tl.broadcast_to(x_RM[:, :, None], (ROWS, BLOCKS, SLOTS)), (ROWS, BLOCKS * SLOTS))
+    return x_RC
 
 
 @triton.jit
