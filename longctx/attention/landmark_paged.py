@@ -201,7 +201,13 @@ class LandmarkAttention(OuterAttention):
         seen = HeadPages(border_B1, key_B // num_kv_heads, key_B % num_kv_heads)
         seen_SD = self._see_whole(q_SD, seen, shape, batch)
         seen_SD = seen_SD * gates_TKGk.flatten()[place_S, None]
-        out_TKGD.view(-1, shape.head_dim).index_add_(0, place_S // num_ranks, seen_SD)
+        if not seen_SD.is_cuda:
+            out_TKGD.view(-1, shape.head_dim).index_add_(0, place_S // num_ranks, seen_SD)
+            return
+        # There index_add_ adds in any order: the same step would give another answer the next time.
+        terms_TKGkD = seen_SD.new_zeros(q_TKGkD.shape)
+        terms_TKGkD.view(-1, shape.head_dim)[place_S] = seen_SD
+        out_TKGD += terms_TKGkD.sum(3)
 
     def _see_whole(
         self, q_SD: torch.Tensor, seen: HeadPages, shape: AttentionShape, batch: PackedBatch
