@@ -7,6 +7,7 @@ Shape legend: T tokens, S rows of ranges, H query heads, K KV heads, D head dim,
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -31,11 +32,12 @@ class AttentionBackend(ABC):
     name: str
     kv_order: str  # one of memory.layout.ORDERS
     page_sizes: tuple[int, ...]  # allowed, preferred first; empty: any
+    preferred_page_size = 16  # where any is allowed
     max_group: int | None = None  # query heads per KV head at most; None: any number
     depends_on_length = (
         True  # whether positions are those in the sequence, as RoPE that depends on its length takes them
     )
-    graph_capturable = False  # whether decode runs without reading a tensor's values on the host
+    graph_capturable = False  # whether decode reads no tensor's values on the host, and stores no row without a slot
 
     @classmethod
     @abstractmethod
@@ -146,8 +148,9 @@ class AttentionBackend(ABC):
         return torch.nn.functional.silu(gate) * up
 
 
+@cache
 def has_paged_kernels(device: torch.device) -> bool:
-    """Whether ``triton_paged.py`` runs: on GPUs where Triton is installed, which torch's CUDA builds see to."""
+    """Whether the kernels in Triton run: on GPUs where Triton is installed, which torch's CUDA builds see to."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 

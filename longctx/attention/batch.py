@@ -43,6 +43,8 @@ class PackedBatch:
     max_q_len: int
     max_kv_len: int
     pool: PagePool
+    num_decode: int = 0  # segments in front that are one token of a decoding sequence each
+    chunk_lens: tuple[tuple[int, int], ...] | None = None  # (tokens, keys) of those behind; None: read the tensors
     rope_lens_T: torch.Tensor | None = None  # int64, the length that length-dependent RoPE scaling sees at each token
     cos_TD: torch.Tensor | None = None  # float32, set by the decoder
     sin_TD: torch.Tensor | None = None

@@ -14,14 +14,15 @@ from importlib.util import find_spec
 import torch
 
 from longctx.attention.batch import AttentionShape, KeyRanges, PackedBatch
-from longctx.attention.flash_paged import FlashPagedAttention, refuse_without_gpu, window_size
+from longctx.attention.gpu_paged import GPUPagedAttention, refuse_without_gpu, window_size
 from memory.pages import PagePool
 
 
-class FlashAttention(FlashPagedAttention):
+class FlashAttention(GPUPagedAttention):
     """GPU, float16 and bfloat16, needs the flash-attn package (``pip install longctx[gpu]``)."""
 
     name = "flash_attn"
+    page_sizes = (256, 512)  # the kernels take multiples of 256
 
     def __init__(self) -> None:
         package = import_module("flash_attn")

@@ -10,11 +10,12 @@ ATTENTION = Registry(
     {
         "flash_attn": "longctx.attention.flash_attn:FlashAttention",
         "native": "longctx.attention.native:NativeAttention",
+        "triton": "longctx.attention.triton_attention:TritonAttention",
         "torch_flash": "longctx.attention.torch_flash:TorchFlashAttention",
         "torch": "longctx.attention.torch_paged:TorchPagedAttention",
     },
 )
-PREFERENCE = ("flash_attn", "torch_flash", "native", "torch")  # what "auto" tries, first to last
+PREFERENCE = ("flash_attn", "torch_flash", "triton", "native", "torch")  # what "auto" tries, first to last
 
 
 def choose_attention(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from longctx.attention.batch import AttentionShape, HeadPages, KeyRanges
+from longctx.attention.triton_decode import page_strides
 from memory.pages import PagePool
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -80,29 +81,22 @@ def _attend(
     lse_ZSH = out_ZSHD.new_full(out_ZSHD.shape[:3], float("-inf"))
     if num_rows and num_segments:
         k_pages, v_pages = pool.views(shape.layer_idx)
-        page, token, head = _strides(k_pages, pool.layout.order)
+        page, token, head = page_strides(k_pages, pool.layout.order)
         q_SHD, tables_BP = q_SHD.contiguous(), tables_BP.contiguous()
         kernel: Any = _attend_tile
         with torch.cuda.device_of(q_SHD):
             kernel[(num_tiles, num_kv_heads, num_splits)](
                 q_SHD, k_pages, v_pages, cu_seqlens_B1, tables_BP, heads_B, first_S, last_S, out_ZSHD, lse_ZSH,
-                num_segments, num_rows, num_heads, group, head_dim, tables_BP.shape[1], pool.layout.page_size,
-                page, token, head, -(-num_keys // num_splits), shape.scale,
-                TOKENS=tokens, GROUP=padded_group, COLUMNS=32 if dim > 128 else 64, DIM=dim,
-                PRECISION="ieee" if k_pages.element_size() == 4 else "tf32", num_warps=4, num_stages=2,
+                num_segments, num_rows, num_heads, group, head_dim, tables_BP.shape[1], page,
+                token, head, -(-num_keys // num_splits), shape.scale,
+                TOKENS=tokens, GROUP=padded_group, PAGE_SIZE=pool.layout.page_size, COLUMNS=32 if dim > 128 else 64,
+                DIM=dim, PRECISION="ieee" if k_pages.element_size() == 4 else "tf32", num_warps=4, num_stages=2,
             )  # fmt: skip
     if num_splits == 1:
         return out_ZSHD[0], lse_ZSH[0]
     lse_SH = lse_ZSH.logsumexp(0)
     shares_ZSH = torch.exp(lse_ZSH - lse_SH.masked_fill(lse_SH == float("-inf"), 0.0))
     return (out_ZSHD * shares_ZSH[..., None]).sum(0), lse_SH
-
-
-def _strides(pages: torch.Tensor, order: str) -> tuple[int, int, int]:
-    """Of a page, a token and a head, in elements."""
-    assert order in ("nhd", "hnd"), order
-    page, first, second, _ = pages.stride()
-    return (page, first, second) if order == "nhd" else (page, second, first)
 
 
 @triton.jit
@@ -116,6 +110,39 @@ def _find_segment(cu_seqlens_ptr, num_segments, tile, TOKENS: tl.constexpr):
         else:
             high = middle
     return low - 1
+
+
+@triton.jit
+def _add_keys(
+    q_RD, k_ptr, v_ptr, table_ptr, key, begin, end, low_R, high_R, page_stride, token_stride, head_offset, head_dim,
+    factor, largest_R, total_R, out_RD,
+    IS_MASKED: tl.constexpr, PAGE_SIZE: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over a tile of keys; not masked: rows see all of them."""
+    key_C, dim_D = key + tl.arange(0, COLUMNS), tl.arange(0, DIM)
+    is_key_C = (key_C >= begin) & (key_C < end)
+    if PAGE_SIZE % COLUMNS == 0:  # a tile's keys are of one page
+        page_C = tl.load(table_ptr + key // PAGE_SIZE).to(tl.int64)
+    elif IS_MASKED:
+        page_C = tl.load(table_ptr + key_C // PAGE_SIZE, mask=is_key_C, other=0).to(tl.int64)
+    else:
+        page_C = tl.load(table_ptr + key_C // PAGE_SIZE).to(tl.int64)
+    at_C = page_C * page_stride + (key_C % PAGE_SIZE) * token_stride + head_offset
+    is_there_CD = (dim_D < head_dim)[None, :]
+    if IS_MASKED:
+        is_there_CD = is_key_C[:, None] & is_there_CD
+    k_CD = tl.load(k_ptr + at_C[:, None] + dim_D[None, :], mask=is_there_CD, other=0.0)
+    v_CD = tl.load(v_ptr + at_C[:, None] + dim_D[None, :], mask=is_there_CD, other=0.0)
+    scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
+    if IS_MASKED:
+        is_seen_RC = (key_C[None, :] >= low_R[:, None]) & (key_C[None, :] < high_R[:, None]) & is_key_C[None, :]
+        scores_RC = tl.where(is_seen_RC, scores_RC, float("-inf"))
+    new_R = tl.maximum(largest_R, tl.max(scores_RC, 1))
+    shift_R = tl.where(new_R == float("-inf"), 0.0, new_R)
+    weights_RC = tl.exp2(scores_RC - shift_R[:, None])
+    kept_R = tl.exp2(largest_R - shift_R)
+    out_RD = out_RD * kept_R[:, None] + tl.dot(weights_RC.to(v_CD.dtype), v_CD, input_precision=PRECISION)
+    return new_R, total_R * kept_R + tl.sum(weights_RC, 1), out_RD
 
 
 @triton.jit
@@ -136,7 +163,6 @@ def _attend_tile(
     group,
     head_dim,
     table_stride,
-    page_size,
     page_stride,
     token_stride,
     head_stride,
@@ -144,6 +170,7 @@ def _attend_tile(
     scale,
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
     DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -176,24 +203,30 @@ def _attend_tile(
     largest_R = tl.full([TOKENS * GROUP], float("-inf"), tl.float32)
     total_R = tl.zeros([TOKENS * GROUP], tl.float32)
     out_RD = tl.zeros([TOKENS * GROUP, DIM], tl.float32)
-    for key in range(begin // COLUMNS * COLUMNS, end, COLUMNS):
-        key_C = key + tl.arange(0, COLUMNS)
-        is_key_C = (key_C >= begin) & (key_C < end)
-        page_C = tl.load(tables_ptr + segment * table_stride + key_C // page_size, mask=is_key_C, other=0).to(tl.int64)
-        at_C = page_C * page_stride + (key_C % page_size) * token_stride + kv_head * head_stride
-        is_there_CD = is_key_C[:, None] & (dim_D < head_dim)[None, :]
-        k_CD = tl.load(k_ptr + at_C[:, None] + dim_D[None, :], mask=is_there_CD, other=0.0)
-        v_CD = tl.load(v_ptr + at_C[:, None] + dim_D[None, :], mask=is_there_CD, other=0.0)
-        scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision=PRECISION) * factor
-        is_seen_RC = (key_C[None, :] >= low_R[:, None]) & (key_C[None, :] < high_R[:, None]) & is_key_C[None, :]
-        scores_RC = tl.where(is_seen_RC, scores_RC, float("-inf"))
-        new_R = tl.maximum(largest_R, tl.max(scores_RC, 1))
-        shift_R = tl.where(new_R == float("-inf"), 0.0, new_R)
-        weights_RC = tl.exp2(scores_RC - shift_R[:, None])
-        kept_R = tl.exp2(largest_R - shift_R)
-        out_RD = out_RD * kept_R[:, None] + tl.dot(weights_RC.to(v_CD.dtype), v_CD, input_precision=PRECISION)
-        total_R = total_R * kept_R + tl.sum(weights_RC, 1)
-        largest_R = new_R
+    table_ptr = tables_ptr + segment * table_stride
+    first_all = tl.max(tl.where(is_row_R, low_R, 0), 0)  # between these two every row that is here sees every key
+    last_all = tl.min(tl.where(is_row_R, high_R, 2147483647), 0)
+    aligned = begin // COLUMNS * COLUMNS
+    whole = tl.minimum(tl.cdiv(tl.maximum(first_all, begin), COLUMNS) * COLUMNS, end)
+    last_whole = tl.maximum(tl.minimum(last_all, end) // COLUMNS * COLUMNS, whole)
+    for key in range(aligned, whole, COLUMNS):
+        largest_R, total_R, out_RD = _add_keys(
+            q_RD, k_ptr, v_ptr, table_ptr, key, begin, end, low_R, high_R, page_stride, token_stride,
+            kv_head * head_stride, head_dim, factor, largest_R, total_R, out_RD, True, PAGE_SIZE, COLUMNS, DIM,
+            PRECISION,
+        )  # fmt: skip
+    for key in range(whole, last_whole, COLUMNS):
+        largest_R, total_R, out_RD = _add_keys(
+            q_RD, k_ptr, v_ptr, table_ptr, key, begin, end, low_R, high_R, page_stride, token_stride,
+            kv_head * head_stride, head_dim, factor, largest_R, total_R, out_RD, False, PAGE_SIZE, COLUMNS, DIM,
+            PRECISION,
+        )  # fmt: skip
+    for key in range(last_whole, end, COLUMNS):
+        largest_R, total_R, out_RD = _add_keys(
+            q_RD, k_ptr, v_ptr, table_ptr, key, begin, end, low_R, high_R, page_stride, token_stride,
+            kv_head * head_stride, head_dim, factor, largest_R, total_R, out_RD, True, PAGE_SIZE, COLUMNS, DIM,
+            PRECISION,
+        )  # fmt: skip
     has_seen_R = total_R > 0
     divisor_R = tl.where(has_seen_R, total_R, 1.0)
     lse_R = tl.where(has_seen_R, (largest_R + tl.log2(divisor_R)) / LOG2_E, float("-inf"))

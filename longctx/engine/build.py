@@ -50,8 +50,6 @@ logger = logging.getLogger(__name__)
 
 MakePool = Callable[[KVLayout, int], PagePool]
 
-DEFAULT_PAGE_SIZE = 16  # for attention that takes any
-
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
@@ -270,7 +268,7 @@ def _choose_attention(name: str, spec: ModelSpec, *, device: torch.device, dtype
 
 def _choose_page_size(page_size: int | None, backend: AttentionBackend) -> int:
     if page_size is None:
-        return backend.page_sizes[0] if backend.page_sizes else DEFAULT_PAGE_SIZE
+        return backend.page_sizes[0] if backend.page_sizes else backend.preferred_page_size
     if backend.page_sizes and page_size not in backend.page_sizes:
         sizes = ", ".join(str(size) for size in sorted(backend.page_sizes))
         raise ConfigError(f"engine.page_size={page_size} is not allowed: attention {backend.name} takes {sizes}")

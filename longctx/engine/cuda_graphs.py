@@ -1,8 +1,9 @@
 """Decode steps captured as CUDA graphs, one for each of a few batch sizes.
 
 A small decode step launches some hundred kernels that each take microseconds: replaying a graph launches them at once.
-A step of ``n`` sequences replays the smallest captured size that holds them; the rows too many attend to one token of a
-page of their own. Left out: graphs of prompt chunks, and models whose rotary angles depend on the sequence's length.
+A step of ``n`` sequences replays the smallest captured size that holds them; the rows too many store nothing and attend
+to whatever is the first token of the first page. Left out: graphs of prompt chunks, and models whose rotary angles
+depend on the sequence's length.
 """
 
 import logging
@@ -39,22 +40,14 @@ class CudaDecodeGraphs:
         self._runner = runner
         self._sizes = sizes
         self._max_kv_len = max_kv_len
-        scratch = runner.pool.allocate(1)
-        assert scratch is not None, "graphs are captured before requests arrive"
-        self._scratch_page = scratch[0]
         device = runner.inputs.input_ids.device_tensor.device
         self._borders = torch.arange(sizes[-1] + 1, dtype=torch.int32, device=device)  # one token per row
         self._row_idx = torch.arange(sizes[-1], dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         memory = torch.cuda.graph_pool_handle()
-        try:
-            with torch.inference_mode():
-                for size in reversed(sizes):  # the largest first: the others fit into its memory
-                    self._graphs[size] = self._capture(size, memory)
-        except RuntimeError:
-            self._graphs.clear()
-            runner.pool.reclaim(runner.pool.release(scratch))
-            raise
+        with torch.inference_mode():
+            for size in reversed(sizes):  # the largest first: the others fit into its memory
+                self._graphs[size] = self._capture(size, memory)
 
     def run(self, num_rows: int) -> torch.Tensor | None:
         """Logits ``[num_rows, vocab_size]``, valid until the next call, or None if no graph is that large."""
@@ -84,13 +77,13 @@ class CudaDecodeGraphs:
         return graph, logits
 
     def _pad(self, num_rows: int, size: int) -> None:
-        """Make rows ``num_rows`` to ``size`` sequences of one token in the scratch page."""
+        """Make rows ``num_rows`` to ``size`` sequences of one token that is not stored."""
         rows = self._runner.rows
         rows.input_ids[num_rows:size] = 0
         rows.positions[num_rows:size] = 0
-        rows.slots[num_rows:size] = self._scratch_page * rows.page_size
+        rows.slots[num_rows:size] = -1
         rows.kv_lens[num_rows:size] = 1
-        rows.tables[num_rows:size, 0] = self._scratch_page
+        rows.tables[num_rows:size, 0] = 0
 
     def _upload(self, size: int) -> PackedBatch:
         inputs = self._runner.inputs

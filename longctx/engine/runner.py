@@ -163,6 +163,8 @@ class ModelRunner:
             max_q_len=max((chunk.stop - chunk.start for chunk in chunks), default=1),
             max_kv_len=int(rows.kv_lens[:num_segments].max()),
             pool=self.pool,
+            num_decode=len(rows.sequences),
+            chunk_lens=tuple((chunk.stop - chunk.start, chunk.stop) for chunk in chunks),
             rope_lens_T=None if inputs.rope_lens is None else inputs.rope_lens.upload(num_tokens),
             on_layer=on_layer,
         )

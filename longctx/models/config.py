@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from parallel.option import option
 
-ATTENTION_NAMES = ("auto", "flash_attn", "torch_flash", "native", "torch")
+ATTENTION_NAMES = ("auto", "flash_attn", "torch_flash", "triton", "native", "torch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

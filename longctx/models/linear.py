@@ -3,10 +3,11 @@
 On a CPU with bfloat16 products (or for float32), oneDNN's blocked layout reads weights at the memory's full speed at
 any batch size (measured 29-38 GB/s against 20-25 for ``F.linear`` at batch 1), and the original tensor is dropped. On a
 CPU without them torch multiplies bfloat16 at a sixth of float32's speed: few rows go to our kernel, many to a float32
-product of widened weights. Elsewhere this is ``F.linear``.
+product of widened weights. On a GPU one row goes to a kernel of ours, the rest is ``F.linear``.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,23 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linea
             return OneDNNLinear(weight, bias)
         if weight.dtype == torch.bfloat16:
             return WideningLinear(weight, bias)
+    if weight.is_cuda and find_spec("triton") is not None:
+        return GPULinear(weight, bias)
     return lambda x_TC: F.linear(x_TC, weight, bias)
+
+
+class GPULinear:
+    """Weights on a GPU."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        from longctx.models.triton_linear import multiply_one_row
+
+        self.weight, self.bias, self._multiply_one_row = weight.contiguous(), bias, multiply_one_row
+
+    def __call__(self, x_TC: torch.Tensor) -> torch.Tensor:
+        if x_TC.shape[0] == 1:
+            return self._multiply_one_row(x_TC.contiguous(), self.weight, self.bias)
+        return F.linear(x_TC, self.weight, self.bias)
 
 
 class OneDNNLinear:

@@ -1,5 +1,6 @@
 """Engines over tiny checkpoints, and how tests drive them."""
 
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from longctx.models.config import ModelConfig
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 MAX_STEPS = 20_000
+DEVICE = os.environ.get("LONGCTX_TEST_DEVICE", "cpu")  # test_gpu_engine.py runs these tests on a GPU
+COMPILED = "native" if DEVICE == "cpu" else "triton"  # attention there that is not plain torch
 
 
 def make_engine(
@@ -23,9 +26,9 @@ def make_engine(
     ships: bool = False,
     **options: Any,
 ) -> Engine:
-    """An engine on the CPU; ``num_pages`` limits the pool, the rest are fields of either configuration."""
-    model_options = {name: options.pop(name) for name in ("attention", "max_context") if name in options}
-    model_config = ModelConfig(path=str(folder), device="cpu", **model_options)
+    """An engine on ``DEVICE``; ``num_pages`` limits the pool, the rest are fields of either configuration."""
+    model_options = {name: options.pop(name) for name in ("attention", "dtype", "max_context") if name in options}
+    model_config = ModelConfig(path=str(folder), device=DEVICE, **model_options)
     options = {"num_threads": 1, "max_sequences": 16, "kv_bytes": "4MiB"} | options
     if num_pages is not None:
         probe = build_engine(model_config, EngineConfig(**options), attention=method)

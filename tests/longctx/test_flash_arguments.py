@@ -17,6 +17,7 @@ from memory.layout import KVLayout
 from memory.pages import PagePool
 
 PAGE_SIZE = 256
+STEPS = ([(0, 598), (0, 10)], [(598, 1), (10, 1)], [(599, 1), (11, 19)])  # prompts, decode, both
 
 
 def attend_documented(q_THD, k_pages, v_pages, *, q_lens, kv_lens, tables, scale, window):
@@ -89,24 +90,31 @@ def partial_documented(q_SHD, k_pages, v_pages, kv_lens, tables, scale):
     return torch.stack(outs)[:, None].to(q_SHD.dtype), torch.stack(lses)[..., None].float()
 
 
-def torch_varlen_documented(
-    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table
-):
-    assert enable_gqa == (q.shape[1] != k.shape[2])
-    assert cu_seq_k.diff().tolist() == seqused_k.tolist()
-    return varlen_documented(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seq_q,
-        cu_seqlens_k=cu_seq_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        softmax_scale=scale,
-        causal=True,
-        window_size=window_size,
-        block_table=block_table,
-    )
+def torch_flash_documented(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, dropout, is_causal, debug, *, scale, window_size_left,
+    window_size_right, seqused_k,
+):  # fmt: skip
+    """Keys of a segment lie one after another from ``cu_seq_k`` on, ``seqused_k`` of them."""
+    assert is_causal and not dropout and not debug
+    assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32 and cu_seq_k[-1] == len(k) == len(v)
+    starts, kv_lens, q_lens = cu_seq_k.tolist(), seqused_k.tolist(), cu_seq_q.diff().tolist()
+    assert max_q == max(q_lens) and max_k == max(kv_lens) and cu_seq_q[0] == starts[0] == 0
+    assert all(n <= stop - start for n, start, stop in zip(kv_lens, starts, starts[1:], strict=False))
+    rows = [torch.arange(start, start + n) for start, n in zip(starts, kv_lens, strict=False)]
+    single = k[:, None], v[:, None]  # pages of one token
+    window = window_size_left, window_size_right
+    return attend_documented(
+        q, *single, q_lens=q_lens, kv_lens=kv_lens, tables=rows, scale=scale, window=window
+    ), None  # fmt: skip
+
+
+def newest_documented(q, shape, pool, tables, kv_lens, *, max_kv_len):
+    assert len(q) == len(tables) == len(kv_lens) and max(kv_lens) <= max_kv_len
+    window = (-1 if shape.window is None else shape.window - 1, 0)
+    return attend_documented(
+        q, *pool.views(shape.layer_idx), q_lens=[1] * len(q), kv_lens=kv_lens.tolist(), tables=tables,
+        scale=shape.scale, window=window,
+    ).flatten(1)  # fmt: skip
 
 
 @pytest.fixture
@@ -115,11 +123,14 @@ def documented_kernels(monkeypatch):
     module.flash_attn_varlen_func = varlen_documented
     module.flash_attn_with_kvcache = with_kvcache_documented
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen_documented)
+    monkeypatch.setattr("longctx.attention.torch_flash._flash", torch_flash_documented)
+    decode = ModuleType("longctx.attention.triton_decode")  # without importing Triton
+    decode.attend_newest = newest_documented
+    monkeypatch.setitem(sys.modules, "longctx.attention.triton_decode", decode)
 
 
 @pytest.mark.usefixtures("documented_kernels")
-@pytest.mark.parametrize("name", ["flash_attn", "torch_flash"])
+@pytest.mark.parametrize("name", ["flash_attn", "torch_flash", "triton"])
 @pytest.mark.parametrize("window", [None, 300])
 def test_calls_mean_causal_paged_attention(name, window):
     torch.manual_seed(0)
@@ -131,8 +142,7 @@ def test_calls_mean_causal_paged_attention(name, window):
     outs = []
     for candidate in (backend, oracle):
         pool = PagePool(KVLayout(1, 2, 16, PAGE_SIZE, "float32", candidate.kv_order), 5)
-        for is_decode in (False, True):  # all but the last token, then the last
-            spans = [(n - 1, 1) if is_decode else (0, n - 1) for n in lengths]
+        for spans in STEPS:
             positions = torch.cat([torch.arange(start, start + num) for start, num in spans])
             owner = torch.repeat_interleave(torch.arange(2), torch.tensor([num for _, num in spans]))
             kv_lens = torch.tensor([start + num for start, num in spans], dtype=torch.int32)
@@ -147,13 +157,14 @@ def test_calls_mean_causal_paged_attention(name, window):
                 max_q_len=max(num for _, num in spans),
                 max_kv_len=int(kv_lens.max()),
                 pool=pool,
+                num_decode=sum(num == 1 for _, num in spans),
                 cos_TD=cos[positions],
                 sin_TD=sin[positions],
             )
             rows = torch.cat([x[start : start + num] for x, (start, num) in zip(qkv, spans, strict=True)])
             outs.append(candidate.forward(rows, None, shape, batch).clone())
-    torch.testing.assert_close(outs[0], outs[2], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outs[1], outs[3], rtol=1e-5, atol=1e-5)
+    for got, want in zip(outs[: len(STEPS)], outs[len(STEPS) :], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("documented_kernels")
@@ -209,7 +220,7 @@ def test_flash_says_why_it_cannot_run(name, device, dtype, dim, reason):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["flash_attn", "torch_flash"])
+@pytest.mark.parametrize("name", ["flash_attn", "torch_flash", "triton"])
 def test_kernels_equal_the_reference_on_a_gpu(name):
     device, dtype = torch.device("cuda"), torch.bfloat16
     backend_class = ATTENTION.get(name)

@@ -14,7 +14,7 @@ from longctx.llm import LLM
 from longctx.messages import AttentionOptions, SamplingParams
 from longctx.models.attention_spec import CCASpec
 from longctx.models.config import ModelConfig
-from tests.longctx.engines import check_pages, make_engine, make_request, run
+from tests.longctx.engines import COMPILED, check_pages, make_engine, make_request, run
 from tests.longctx.methods.cca_model import CCAModel
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -68,7 +68,7 @@ def check(model, engine, requests, spec=SPEC, *, tolerance=TOLERANCE):
         model.check(list(request.prompt_token_ids), ids[name], logprobs[name], own, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("attention", ["native", "torch"])
+@pytest.mark.parametrize("attention", [COMPILED, "torch"])
 def test_every_length_modulo_the_group_equals_the_whole_forward(folder, model, attention):
     lengths = (1, 4, 5, 9, 13, 14, *range(60, 66))
     requests = [make_request(str(length), make_prompt(length), PARAMS) for length in lengths]
@@ -115,7 +115,7 @@ def test_families(tmp_path, family, overrides):
     check(CCAModel(folder), cca_engine(folder), [make_request(str(n), make_prompt(n), PARAMS) for n in (66, 83)])
 
 
-@pytest.mark.parametrize("attention", ["native", "torch"])
+@pytest.mark.parametrize("attention", [COMPILED, "torch"])
 def test_bfloat16(tmp_path, attention):
     """As near to float32 as transformers in bfloat16 is: cores of stored keys, rotated back, are no coarser."""
     folder = make_checkpoint(tmp_path, "llama", dtype="bfloat16")

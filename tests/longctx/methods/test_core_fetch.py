@@ -10,7 +10,7 @@ from longctx.errors import ConfigError
 from longctx.messages import SamplingParams
 from longctx.models.attention_spec import CCASpec
 from longctx.models.checkpoint import inspect_checkpoint
-from tests.longctx.engines import make_engine, make_request, run
+from tests.longctx.engines import COMPILED, make_engine, make_request, run
 from tests.longctx.methods.cca_model import CCAModel
 from tests.longctx.methods.test_cca_engine import PARAMS, SMALL, SPEC, generate, make_prompt, with_sizes
 from tests.tiny_checkpoints import make_checkpoint
@@ -35,7 +35,7 @@ def check_kept(engine):
     assert not any(below.refcounts)
 
 
-@pytest.mark.parametrize("attention", ["native", "torch"])
+@pytest.mark.parametrize("attention", [COMPILED, "torch"])
 @pytest.mark.parametrize("core_fetch", [1, 3])
 def test_equals_the_whole_forward(folder, attention, core_fetch):
     engine, model = fetch_engine(folder, core_fetch, attention=attention), CCAModel(folder, core_fetch=core_fetch)

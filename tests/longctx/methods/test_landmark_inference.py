@@ -13,7 +13,7 @@ from longctx.errors import ConfigError, RequestError
 from longctx.llm import LLM
 from longctx.models.config import ModelConfig
 from memory.layout import MIN_CACHE
-from tests.longctx.engines import GREEDY, collect, make_request, run
+from tests.longctx.engines import COMPILED, DEVICE, GREEDY, collect, make_request, run
 from tests.longctx.methods.landmark_inference import infer
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
 
 def make_engine(folder, *, implementation="auto", dtype="float32", options=None, **engine_options):
     return build_engine(
-        ModelConfig(path=str(folder), device="cpu", attention=implementation, dtype=dtype),
+        ModelConfig(path=str(folder), device=DEVICE, attention=implementation, dtype=dtype),
         EngineConfig(**({"num_threads": 1, "kv_bytes": "4MiB"} | engine_options)),
         attention=AttentionConfig(top_k=TOP_K, **(options or {})),
     )
@@ -86,7 +86,7 @@ def reference_logits(folder, token_ids):
 
 def error(actual, expected):
     """The largest, relative to the largest logit; the landmark has none."""
-    text = torch.arange(expected.shape[1]) != LANDMARK
+    actual, text = actual.to(expected), torch.arange(expected.shape[1], device=expected.device) != LANDMARK
     return ((actual - expected).abs().amax(0) / expected.abs().max())[text].max()
 
 
@@ -105,7 +105,7 @@ def record_logits(engine):
 
 @pytest.mark.parametrize(
     ("family", "implementation", "chunk"),
-    [("llama", "native", 2048), ("llama", "torch", 16), ("qwen3", "native", 16), ("phi3", "native", 48)],
+    [("llama", COMPILED, 2048), ("llama", "torch", 16), ("qwen3", COMPILED, 16), ("phi3", COMPILED, 48)],
 )
 def test_decoding_equals_the_formulas_at_every_length(folders, family, implementation, chunk):
     """A prompt of four blocks and a bit, then more than two blocks of tokens, each computed by itself."""
@@ -230,7 +230,7 @@ def test_the_landmark_is_never_generated_nor_taken_from_a_prompt(folders):
 def test_a_text_is_scored_with_landmarks(folders, blocks):
     text = make_prompt(11, 5 * BLOCK + 7)
     model, engine = (
-        ModelConfig(path=str(folders["llama"]), device="cpu"),
+        ModelConfig(path=str(folders["llama"]), device=DEVICE),
         EngineConfig(num_threads=1, kv_bytes="4MiB", max_batch_tokens=32, max_sequences=4),
     )
     attention = AttentionConfig(top_k=TOP_K, blocks=blocks, blocks_bytes="4MiB" if blocks == "file" else "auto")
