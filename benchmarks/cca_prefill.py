@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    parser.add_argument("--make-weights", action="store_true", help="on the device, instead of in a file")
     parser.add_argument("--kv-bytes", default="4GiB", help="of each engine")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("/tmp/longctx-bench"))
@@ -55,7 +56,9 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """By length: medians of both methods, and of the rounds' ratios."""
     shape = SHAPES[options.model]
-    folder = ensure_checkpoint(options.model, options.work, max_context=max(options.lengths) + options.outputs)
+    longest = max(options.lengths) + options.outputs
+    has_file = not options.make_weights
+    folder = ensure_checkpoint(options.model, options.work, with_weights=has_file, max_context=longest)
     engines = {name: make_engine(folder, config, options) for name, config in choose_configs(options).items()}
     rng, found = random.Random(0), {}
     for length in options.lengths:
@@ -80,8 +83,8 @@ def choose_configs(options: argparse.Namespace) -> dict[str, AttentionConfig]:
 def make_engine(folder: Path, method: AttentionConfig, options: argparse.Namespace) -> Engine:
     """An engine of its own, without a prefix cache: every prompt is computed."""
     model = ModelConfig(path=str(folder), device=options.device, dtype=options.dtype)
-    config = EngineConfig(kv_bytes=options.kv_bytes, prefix_cache=False)
-    return build_engine(model, config, attention=method)
+    config = EngineConfig(kv_bytes=options.kv_bytes, prefix_cache=False, max_sequences=1)
+    return build_engine(model, config, attention=method, random_weights_seed=0 if options.make_weights else None)
 
 
 def draw_prompt(rng: random.Random, shape: Shape, length: int) -> tuple[int, ...]:
