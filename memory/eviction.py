@@ -1,4 +1,4 @@
-"""Which of the pages that nobody holds is forgotten first, when the pool needs one.
+"""Which of the pages that nobody holds is forgotten first, when the pool or a folder of them needs room.
 
 Pages are given up from the end of their sequence to its start, and a page is used whenever one behind it is. So with
 every policy here a prefix loses its tail before its head: what is left can still be found.
@@ -14,6 +14,16 @@ from parallel.registry import Registry
 
 class Eviction(ABC):
     """The idle pages of one pool, in the order in which they go."""
+
+    @staticmethod
+    @abstractmethod
+    def order(num_uses: int, used_at: int) -> tuple[int, ...]:
+        """What goes first where pages are not one process's to count (``memory/page_files.py``): the least.
+
+        Args:
+            num_uses: how often a page was used, as ``Lfu`` counts.
+            used_at: when it was used last.
+        """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -37,6 +47,10 @@ class Eviction(ABC):
 
 class Lru(Eviction):
     """Least recently used first."""
+
+    @staticmethod
+    def order(num_uses: int, used_at: int) -> tuple[int, ...]:
+        return (used_at,)
 
     def __init__(self) -> None:
         self._pages: OrderedDict[int, None] = OrderedDict()
@@ -62,6 +76,10 @@ class Lfu(Eviction):
 
     Source: M. Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000.
     """
+
+    @staticmethod
+    def order(num_uses: int, used_at: int) -> tuple[int, ...]:
+        return (num_uses, used_at)
 
     def __init__(self) -> None:
         self._age = 0  # count of the page that went last

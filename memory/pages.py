@@ -150,6 +150,14 @@ class PagePool(PageAllocator):
     def note_use(self, num_bytes: int) -> None:
         """So many bytes of pages are read or written outside the compute."""
 
+    def read_page(self, page: int) -> torch.Tensor:
+        """A copy of a page, uint8 ``[num_layers, block_bytes]`` on the CPU."""
+        return self.storage[:, page].to("cpu", copy=True).contiguous()
+
+    def write_page(self, page: int, content_LX: torch.Tensor) -> None:
+        """The inverse of ``read_page``."""
+        self.storage[:, page].copy_(content_LX)
+
     def copy_page(self, source: int, target: int) -> None:
         self.storage[:, target].copy_(self.storage[:, source])
         if self.moves is not None:

@@ -128,6 +128,8 @@ class PrefixCache:
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one hold on each of a sequence's pages (in sequence order)."""
+        if self.store is not None:
+            self.store.note_used([self._digest_of[page] for page in pages if page in self._digest_of])
         # Last page first, so that it goes first, as eviction policies expect.
         unknown = []
         for page in self.pool.release(list(reversed(pages))):

@@ -1,66 +1,78 @@
 """KV pages of prompt prefixes in a folder: found again after a restart, and by every worker that sees the folder.
 
-A page is one file, named by the digest of its tokens and all before them (``memory/prefix_cache.py``), so workers share
-a folder without talking: on one machine, over a network file system, or in ``/dev/shm`` as a tier in host memory. A
-file is written beside its place and renamed, and carries a checksum: a crash leaves no half page, and a page that is
-not what was written is deleted and computed again. The folder is bounded: whoever writes deletes what was used longest
-ago, one process at a time.
+A page is one file (``page_files.py``), named by the digest of its tokens and all before them (``prefix_cache.py``), so
+workers share a folder without talking: on one machine, over a network file system, or in ``/dev/shm`` as a tier in host
+memory. A page is whole, all layers and heads, whichever rank computed it: workers of any number of ranks find it.
 
-Pages are written on a thread of the store's own, and left out when it does not keep up. Left out: compression.
+Pages are written on a thread of the store's own, and left out when it does not keep up. The same thread notes in the
+files, every few seconds, which prefixes were used, from a prefix's end to its start: so it loses its tail before its
+head, as in the pool. Left out: compression.
 """
 
-import fcntl
 import logging
-import os
 import queue
-import struct
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from typing import Protocol
 
 import torch
-import xxhash
 
-from memory.pages import PagePool
+from memory.layout import KVLayout
+from memory.page_files import HEADER_BYTES, PageFiles
 
 logger = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<8s16s16sQ")  # mark, digest, checksum of the page, its bytes
-_MARK = b"lctxkv01"
 _WAITING_BYTES = 256 << 20  # of pages that are to be written; more are left out
-_SWEEP_SHARE = 0.05  # of the budget that is written between two looks at what the folder holds
-_KEPT_SHARE = 0.9  # of the budget that is left after one that deletes
-_STALE_S = 600.0  # age of an unfinished file whose writer is gone
+_NOTE_S = 2.0  # between two times that uses are noted in the files
 _SMOOTHING = 0.2  # of a new measurement in a rate
 _CLOSE_S = 5.0
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+Parts = tuple[torch.Tensor, ...]  # of a page, uint8 and contiguous, on the CPU
+
+
+class Pages(Protocol):
+    """Where pages come from and go to: ``PagePool``, or ``TieredPages``."""
+
+    layout: KVLayout
+
+    def read_page(self, page: int) -> torch.Tensor:
+        """A copy of a full page, uint8 ``[num_layers, block_bytes]`` on the CPU."""
+        ...
+
+    def write_page(self, page: int, content_LX: torch.Tensor) -> None:
+        """The inverse of ``read_page``, for a page that is held and that nothing was computed in."""
+        ...
 
 
 class PrefixStore:
     """Pages of one model in one layout.
 
     Args:
-        folder: of this model's pages; made if it is not there.
-        pool: whose pages are saved and filled. Its engine's thread alone calls, but for ``close``.
-        max_bytes: that the folder may hold, all its users together.
-
-    Raises ``OSError`` if the folder cannot be used.
+        files: the folder.
+        pages: those that are saved and filled. Their engine's thread alone calls, but for ``close``.
     """
 
-    def __init__(self, folder: Path, pool: PagePool, *, max_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._folder, self._pool, self._max_bytes = folder, pool, max_bytes
-        self._file_bytes = _HEADER.size + pool.layout.page_bytes
-        self.num_loaded = self.num_saved = self.num_dropped = self.num_damaged = 0
+    def __init__(self, files: PageFiles, pages: Pages) -> None:
+        self.layout = pages.layout
+        self._files, self._pages = files, pages
+        self.num_loaded = self.num_saved = self.num_dropped = 0
         self._load_s = self._compute_s = 0.0  # of a page, smoothed; 0: not known
-        self._known: set[bytes] = set()  # on disk when last looked, or on the way there
-        self._queue: queue.Queue[tuple[bytes, torch.Tensor] | None] = queue.Queue()
+        self._known: set[bytes] = set()  # in the folder when last looked, or on the way there
+        self._queue: queue.Queue[tuple[bytes, Parts] | None] = queue.Queue()
         self._waiting_bytes = 0
-        self._unswept_bytes = max_bytes  # the first page that is written looks at what is there
-        self._probe()
+        self._uses: dict[bytes, int] = {}  # that the files do not tell of yet; used last is last
+        self._lock = threading.Lock()  # of these
+        self._is_closing = False
         self._thread = threading.Thread(target=self._write_all, name="prefix-store", daemon=True)
         self._thread.start()
+
+    @property
+    def num_damaged(self) -> int:
+        """Files that were not as they were written."""
+        return self._files.num_damaged
 
     @property
     def is_worthwhile(self) -> bool:
@@ -69,139 +81,121 @@ class PrefixStore:
 
     def note_computed(self, num_tokens: int, seconds: float) -> None:
         """A step computed so many tokens of prompts."""
-        self._compute_s = _smooth(self._compute_s, seconds * self._pool.layout.page_size / num_tokens)
+        self._compute_s = _smooth(self._compute_s, seconds * self.layout.page_size / num_tokens)
+
+    def note_loaded(self, num_pages: int, seconds: float) -> None:
+        """So many pages were loaded."""
+        if num_pages:
+            self._load_s = _smooth(self._load_s, seconds / num_pages)
+            self.num_loaded += num_pages
+
+    def note_used(self, digests: Sequence[bytes]) -> None:
+        """A sequence with these pages, in its order, has ended, or gave them up."""
+        with self._lock:
+            is_first = not self._uses
+            for digest in reversed(digests):
+                self._uses[digest] = self._uses.pop(digest, 0) + 1
+        if is_first and digests:
+            self._queue.put(None)
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether the page need not be saved, as far as is known."""
+        return digest in self._known
+
+    def count(self, digests: Sequence[bytes]) -> int:
+        """How many of the first ones have files."""
+        return next((idx for idx, digest in enumerate(digests) if not self._files.has(digest)), len(digests))
 
     def save(self, digests: Sequence[bytes], pages: Sequence[int]) -> None:
         """Pages are complete and held; what they hold now will be written, unless it is there already."""
         for digest, page in zip(digests, pages, strict=True):
-            if digest in self._known:
-                continue
-            self._known.add(digest)
-            if self._waiting_bytes + self._file_bytes > _WAITING_BYTES:
-                self.num_dropped += 1
-                self._known.discard(digest)
-                continue
-            self._waiting_bytes += self._file_bytes
-            content = self._pool.storage[:, page].to("cpu", copy=True).contiguous()
-            self._queue.put((digest, content))
+            if not self.knows(digest):
+                self._known.add(digest)
+                if self.has_room(self.layout.page_bytes, digest):
+                    self.put(digest, (self._pages.read_page(page),))
 
     def load(self, digests: Sequence[bytes], pages: Sequence[int]) -> int:
         """Fill ``pages`` with what was saved under ``digests``; returns how many of the first ones were there."""
-        for count, (digest, page) in enumerate(zip(digests, pages, strict=True)):
-            begun = time.perf_counter()
-            if not self._load(digest, page):
-                return count
-            self._load_s = _smooth(self._load_s, time.perf_counter() - begun)
-            self.num_loaded += 1
-        return len(digests)
+        begun, count = time.perf_counter(), 0
+        for digest, page in zip(digests, pages, strict=True):
+            parts = self.get(digest, (self.layout.page_bytes,), (0,))
+            if parts is None:
+                break
+            self._pages.write_page(page, parts[0].view(self.layout.num_layers, self.layout.block_bytes))
+            count += 1
+        self.note_loaded(count, time.perf_counter() - begun)
+        return count
+
+    def has_room(self, num_bytes: int, digest: bytes) -> bool:
+        """Whether so much more may wait to be written; else ``digest`` is left out, and counted."""
+        if self._waiting_bytes + num_bytes + HEADER_BYTES <= _WAITING_BYTES:
+            return True
+        self.num_dropped += 1
+        self._known.discard(digest)
+        return False
+
+    def put(self, digest: bytes, parts: Parts) -> None:
+        """Have a page written, for which there is room; nobody changes ``parts`` any more."""
+        self._known.add(digest)
+        self._waiting_bytes += _count_bytes(parts)
+        self._queue.put((digest, parts))
+
+    def get(self, digest: bytes, sizes: Sequence[int], wanted: Sequence[int]) -> list[torch.Tensor] | None:
+        """Parts of a page, uint8; see ``PageFiles.read``."""
+        parts = self._files.read(digest, sizes, wanted)
+        if parts is None:
+            self._known.discard(digest)
+            return None
+        self._known.add(digest)
+        return [torch.frombuffer(part, dtype=torch.uint8) if part else _NOTHING for part in parts]
 
     def close(self) -> None:
         """Write what waits, for a few seconds at most. Idempotent."""
+        self._is_closing = True
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
-
-    def _path(self, digest: bytes) -> Path:
-        name = digest.hex()
-        return self._folder / name[:2] / f"{name}.kv"
-
-    def _load(self, digest: bytes, page: int) -> bool:
-        path = self._path(digest)
-        try:
-            data = path.read_bytes()
-            os.utime(path)  # used now
-        except OSError:
-            self._known.discard(digest)
-            return False
-        body = memoryview(data)[_HEADER.size :]
-        if len(data) != self._file_bytes or _HEADER.unpack_from(data) != (
-            _MARK,
-            digest,
-            xxhash.xxh3_128_digest(body),
-            len(body),
-        ):
-            logger.warning("%s is damaged; it is deleted, and the page is computed again", path)
-            self.num_damaged += 1
-            self._known.discard(digest)
-            with suppress(OSError):
-                path.unlink()
-            return False
-        layout = self._pool.layout
-        content = torch.frombuffer(bytearray(body), dtype=torch.uint8).view(layout.num_layers, layout.block_bytes)
-        self._pool.storage[:, page].copy_(content)
-        self._known.add(digest)
-        return True
 
     # The writer's thread
 
     def _write_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            digest, content = item
-            path = self._path(digest)
+        noted_at = time.monotonic()
+        while True:
             try:
-                if not path.exists():
-                    self._write(path, digest, content)
-                    self.num_saved += 1
-            except OSError as error:
-                self.num_dropped += 1
-                self._known.discard(digest)
-                logger.error("a prefix page cannot be written to %s: %s", self._folder, error)
-            self._waiting_bytes -= self._file_bytes  # two threads count; an error of a page or two does not matter
-
-    def _write(self, path: Path, digest: bytes, content: torch.Tensor) -> None:
-        self._unswept_bytes += self._file_bytes
-        if self._unswept_bytes >= _SWEEP_SHARE * self._max_bytes:
-            self._sweep()
-            self._unswept_bytes = 0
-        body = content.numpy().data.cast("B")
-        path.parent.mkdir(exist_ok=True, mode=0o700)
-        unfinished = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-        try:
-            with unfinished.open("wb") as file:
-                file.write(_HEADER.pack(_MARK, digest, xxhash.xxh3_128_digest(body), len(body)))
-                file.write(body)
-            unfinished.rename(path)
-        except OSError:
-            with suppress(OSError):
-                unfinished.unlink()
-            raise
-
-    def _sweep(self) -> None:
-        """Delete what was used longest ago, if there is too much; nobody else does meanwhile."""
-        with (self._folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return  # another one is at it
-            files = list(self._list_files())
-            total = sum(size for _, size, _ in files)
-            if total + _SWEEP_SHARE * self._max_bytes <= self._max_bytes:
+                item = self._queue.get(timeout=_NOTE_S if self._uses else None)
+            except queue.Empty:
+                item = None
+            if item is not None:
+                self._write(*item)
+            is_over = self._is_closing and self._queue.empty()
+            if is_over or time.monotonic() - noted_at > _NOTE_S:
+                self._note_uses()
+                noted_at = time.monotonic()
+            if is_over:
                 return
-            for _, size, path in sorted(files):
-                if total <= _KEPT_SHARE * self._max_bytes:
-                    break
-                with suppress(OSError):
-                    path.unlink()
-                total -= size
-        self._known = set()  # what is known may be gone; it is looked up again
 
-    def _list_files(self):
-        """(When used last, bytes, path) of every page; unfinished ones of processes that are gone are deleted."""
-        for folder in os.scandir(self._folder):
-            if not folder.is_dir():
-                continue
-            for entry in os.scandir(folder.path):
-                with suppress(OSError):
-                    stat, path = entry.stat(), Path(entry.path)
-                    if path.suffix == ".kv":
-                        yield stat.st_mtime, stat.st_size, path
-                    elif time.time() - stat.st_mtime > _STALE_S:
-                        path.unlink()
+    def _write(self, digest: bytes, parts: Parts) -> None:
+        try:
+            if not self._files.has(digest):
+                if self._files.write(digest, [part.flatten().numpy().data for part in parts]):
+                    self._known = set()  # what is known may be gone; it is looked up again
+                self.num_saved += 1
+        except OSError as error:
+            self.num_dropped += 1
+            self._known.discard(digest)
+            logger.error("a prefix page cannot be written: %s", error)
+        self._waiting_bytes -= _count_bytes(parts)  # two threads count; an error of a page or two does not matter
 
-    def _probe(self) -> None:
-        """Raise ``OSError`` now if nothing can be written there."""
-        probe = self._folder / f"probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+    def _note_uses(self) -> None:
+        with self._lock:
+            uses, self._uses = self._uses, {}
+        age = self._files.age() if uses else 0
+        for digest, num_uses in uses.items():
+            if not self._files.touch(digest, num_uses, age):
+                self._known.discard(digest)
+
+
+def _count_bytes(parts: Parts) -> int:
+    return HEADER_BYTES + sum(part.numel() for part in parts)
 
 
 def _smooth(mean: float, value: float) -> float:

@@ -141,6 +141,22 @@ class TieredPages(PageAllocator):
             self.landmark_keys.write(layer_idx, full.to(device), keys_PKD[full].to(device))
         self.below.note_use(len(pages) * self.layout.page_bytes)
 
+    def read_page(self, page: int) -> torch.Tensor:
+        """A copy of a full page as it lies below, uint8 ``[num_layers, block_bytes]`` on the CPU, wherever it is."""
+        frame = int(self._staged_P[page])
+        if frame < 0:
+            self.below.note_use(self.layout.page_bytes)
+            return self.below.read_page(page)
+        page_1 = torch.tensor([page], device=self.near.storage.device)
+        for layer_idx in range(self.layout.num_layers):
+            self.near.landmarks[layer_idx, frame] = self.landmark_keys.read(layer_idx, page_1)[0]
+        return self.near.read_page(frame)
+
+    def write_page(self, page: int, content_LX: torch.Tensor) -> None:
+        """Fill a page, which is held and has nothing yet, as if it had arrived whole."""
+        self.below.write_page(page, content_LX)
+        self.note_arrived([page], 1)
+
     def _take(self, num_pages: int, beside: Sequence[int]) -> list[int]:
         return [self._free.pop() for _ in range(num_pages)]
 

@@ -7,6 +7,7 @@ from longctx.engine.config import EngineConfig
 from longctx.errors import ConfigError
 from longctx.models.config import ModelConfig
 from longctx.models.packed import PackedDecoder
+from memory.page_files import PageFiles
 from memory.pages import PageAllocator, PagePool
 from memory.prefix_store import PrefixStore
 from parallel.option import parse_size
@@ -46,9 +47,10 @@ def open_prefix_store(
     name = f"{_fingerprint(model, decoder)}-{pages.layout.digest()}"
     folder = Path(config.prefix_folder).expanduser() / name
     try:
-        return PrefixStore(folder, pages, max_bytes=most)
+        files = PageFiles(folder, max_bytes=most, eviction=config.prefix_eviction)
     except OSError as error:
         raise ConfigError(f"engine.prefix_folder={config.prefix_folder} cannot be used: {error}") from None
+    return PrefixStore(files, pages)
 
 
 def _fingerprint(model: ModelConfig, decoder: PackedDecoder) -> str:
