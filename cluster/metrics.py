@@ -50,8 +50,16 @@ COUNTERS: tuple[tuple[str, str, Callable[[WorkerStats], float]], ...] = (
     ("prompt_tokens", "Prompt tokens taken in", lambda worker: worker.engine.num_prompt_tokens),
     ("cached_tokens", "Prompt tokens found in the prefix cache", lambda worker: worker.engine.num_cached_tokens),
     ("generated_tokens", "Tokens generated", lambda worker: worker.engine.num_generated_tokens),
+    ("loaded_pages", "Pages found in engine.prefix_folder", lambda worker: _detail(worker, "num_loaded_pages")),
+    ("saved_pages", "Pages written to it", lambda worker: _detail(worker, "num_saved_pages")),
+    ("dropped_pages", "Pages left out for want of time or room", lambda worker: _detail(worker, "num_dropped_pages")),
+    ("damaged_pages", "Files there that were not as written", lambda worker: _detail(worker, "num_damaged_pages")),
 )
 LABELS = ("worker", "role")
+
+
+def _detail(worker: WorkerStats, name: str) -> float:
+    return worker.engine.details.get(name, 0.0)
 
 
 class Metrics:

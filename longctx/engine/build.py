@@ -107,9 +107,13 @@ def build_engine(
         max_context=parts.max_context,
         make_method=_choose_engine_method(parts, shards, pages),
     )
-    engine.cache.store = open_prefix_store(
-        config, model_config, decoder, parts.pages, is_special=shards is not None or isinstance(parts.method, CCASpec)
+    if config.prefix_folder is not None and isinstance(pages, ShardedPages):
+        raise ConfigError("engine.prefix_folder is not allowed for workers of several ranks, but with CCA attention")
+    store = open_prefix_store(
+        config, model_config, decoder, parts.pages, method=parts.method, attention=attention or AttentionConfig()
     )
+    if store is not None:
+        engine.use_store(store)
     logger.info(
         "%s: %s on %s, attention %s, %d pages of %d tokens (%.0f MiB), context %d tokens",
         parts.spec.name,

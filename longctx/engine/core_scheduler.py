@@ -3,19 +3,23 @@
 A prompt takes, when it starts, the pages of all its cores and as many as its nearest tokens and one chunk ever need;
 chunk by chunk, what no coming token sees holds the next tokens. What is left over goes back when the prompt is
 computed. So a prompt that has started always comes to its end, as without CCA. Where groups are fetched, pages are
-copied below as they leave the window, to places that a prompt takes when it starts as well. No page is found again by
-its content: what a page of cores holds depends on both sizes, and pages of tokens are gone when the next prompt comes.
+copied below as they leave the window, to places that a prompt takes when it starts as well. No page of the pool is
+found by its content: what a page of cores holds depends on both sizes, and pages of tokens are gone when the next
+prompt comes. In a folder they are found (``memory/core_prefixes.py``).
 """
 
 from collections.abc import Callable
 
 from longctx.engine.core_rows import CoreRows
-from longctx.engine.scheduler import Chunk, Scheduler
+from longctx.engine.scheduler import LOADED_BYTES, Chunk, Scheduler
 from longctx.engine.sequence import Sequence
 from longctx.messages import GenerationRequest
 from memory.core_pages import CoreCapacity, CorePages, CoreSizes
+from memory.core_prefixes import CorePrefixes, CoreSearch
 from memory.lower_pages import LowerPages
-from memory.prefix_cache import PrefixCache
+from memory.pages import PagePool
+from memory.prefix_cache import DigestChain, PrefixCache
+from memory.prefix_store import PrefixStore
 
 
 class CoreScheduler(Scheduler):
@@ -49,6 +53,14 @@ class CoreScheduler(Scheduler):
             cache, rows, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, mixed_share=mixed_share
         )
         self._capacity, self._sizes_of, self._below = capacity, sizes_of, below
+        self._prefixes: CorePrefixes | None = None
+        self._searches: dict[Sequence, CoreSearch] = {}  # of prompts whose prefix is being loaded
+
+    def use_store(self, store: PrefixStore) -> None:
+        super().use_store(store)
+        pool = self.cache.pool
+        assert isinstance(pool, PagePool)
+        self._prefixes = CorePrefixes(store, pool, self._below, core_stride=self._capacity.core_stride)
 
     def count_pages(self, request: GenerationRequest) -> int:
         return self._capacity.count_pages(self._sizes_of(request), len(request.prompt_token_ids))
@@ -66,6 +78,9 @@ class CoreScheduler(Scheduler):
         assert pages is not None
         sequence.cores = CorePages(sizes, pages[:num_cores], pages[num_cores:], kept=kept)
         sequence.pages, sequence.num_computed, sequence.num_remembered = [], 0, 0
+        if self._prefixes is not None:
+            self._extend_chain(sequence, num_tokens)
+            self._searches[sequence] = CoreSearch()
         return True
 
     def reserve(self, sequence: Sequence) -> tuple[int, list[int]] | None:
@@ -89,14 +104,15 @@ class CoreScheduler(Scheduler):
         assert cores is not None
         pages = cores.lasting(sequence.pages, num_tokens, self._layout.page_size)
         (self._below or self.cache.pool).note_arrived(pages, 0)
-        sequence.num_computed = num_tokens
+        sequence.num_computed, sequence.num_remembered = num_tokens, num_tokens // self._layout.page_size
 
     def remember(self, sequence: Sequence) -> None:
-        """Give back what a sequence whose tokens are all computed no longer needs; the name is the base class's.
+        """Save what is complete, and give back what a sequence whose tokens are all computed no longer needs.
 
         What is sent to another worker stays where it is: also pages that have left the window, if they travel.
         """
         cores = sequence.cores
+        self._save(sequence)
         if cores is None or sequence.row >= 0 or sequence.num_computed < sequence.num_tokens:
             return
         if self._below is None or sequence.active.export is None:
@@ -124,10 +140,15 @@ class CoreScheduler(Scheduler):
         target.cores = CorePages(cores.sizes, shared_cores + fresh[num_fresh:], [], cores.num_passed, list(cores.kept))
         if self._below is not None:
             self._below.retain(cores.kept)
-        target.num_computed = source.num_computed
+        target.num_computed, target.num_remembered = source.num_computed, source.num_remembered
+        target.chain = source.chain and source.chain.fork()
         return True
 
     def drop(self, sequence: Sequence) -> None:
+        self._save(sequence)
+        self._searches.pop(sequence, None)
+        if self.cache.store is not None and sequence.chain is not None and sequence.cores is not None:
+            self.cache.store.note_used(sequence.chain.digests[: sequence.num_computed // self._layout.page_size])
         cores, sequence.cores = sequence.cores, None
         super().drop(sequence)
         if cores is not None:
@@ -140,6 +161,7 @@ class CoreScheduler(Scheduler):
         for sequence in sorted(self.rows.at_change(), key=lambda s: s.key):
             if sequence.row < 0:  # preempted for an earlier one
                 continue
+            self._save(sequence)
             if not self._pass_decode(sequence):
                 continue
             if self.rows.lacks_page(sequence):
@@ -183,6 +205,44 @@ class CoreScheduler(Scheduler):
         if self._below is not None and count:
             assert cores is not None
             self._below.keep(sequence.pages[:count], cores.kept[cores.num_passed : cores.num_passed + count])
+
+    def _extend_chain(self, sequence: Sequence, num_tokens: int) -> None:
+        """Name the full pages of so many tokens."""
+        assert sequence.cores is not None
+        if sequence.chain is None:
+            sizes = sequence.cores.sizes
+            salt = f"cca {sizes.group_size} {sizes.window}\0{sequence.active.request.cache_salt}"
+            sequence.chain = DigestChain(self._layout.page_size, salt)
+        sequence.chain.extend(sequence.token_ids(sequence.chain.num_tokens, num_tokens))
+
+    def _save(self, sequence: Sequence) -> None:
+        """Save the sequence's pages that became complete, with the cores of the groups that ended in them."""
+        first, num_full = sequence.num_remembered, sequence.num_computed // self._layout.page_size
+        if self._prefixes is None or sequence.cores is None or num_full <= first:
+            return
+        self._extend_chain(sequence, num_full * self._layout.page_size)
+        assert sequence.chain is not None
+        self._prefixes.save(sequence.chain.digests[first:num_full], first, sequence.cores, sequence.pages)
+        sequence.num_remembered = num_full
+
+    def _adopt_shared(self, sequence: Sequence) -> bool:
+        """Load what is stored of a prompt's prefix, before anything of it is computed; a part in each step."""
+        search, cores, store = self._searches.get(sequence), sequence.cores, self.cache.store
+        if search is None:
+            return False
+        assert cores is not None and store is not None and sequence.chain is not None and self._prefixes is not None
+        digests = sequence.chain.digests[: (sequence.num_tokens - 1) // self._layout.page_size]
+        if store.is_worthwhile:
+            self._prefixes.search(search, digests, cores, max_bytes=LOADED_BYTES)
+            if not search.is_over:
+                return True
+        del self._searches[sequence]
+        sequence.pages = self._prefixes.finish(search, digests, cores)
+        sequence.num_remembered = search.num_found
+        sequence.num_computed = search.num_found * self._layout.page_size
+        if not sequence.outputs and not sequence.num_preemptions:
+            sequence.active.num_cached_tokens = sequence.num_computed
+        return False
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         added = super()._add_chunk(chunks, sequence, min(budget, self._capacity.chunk_size))

@@ -30,6 +30,7 @@ from longctx.models.tokenizer import Tokenizer
 from memory.lower_pages import LowerPages
 from memory.pages import PageAllocator, PagePool
 from memory.prefix_cache import PrefixCache
+from memory.prefix_store import PrefixStore
 from memory.tiered_pages import TieredPages
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,10 @@ class Engine:
         self._reserved: dict[str, ActiveRequest] = {}
         self._num_arrivals = self._num_steps = 0
         self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
+
+    def use_store(self, store: PrefixStore) -> None:
+        """Keep pages of prefixes in a folder, and look for them there."""
+        self._scheduler.use_store(store)
 
     # Requests
 
@@ -226,7 +231,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What this engine holds and did."""
-        layout, scheduler = self.pool.layout, self._scheduler
+        layout, scheduler, store = self.pool.layout, self._scheduler, self.cache.store
         return EngineStats(
             num_waiting=len(scheduler.waiting),
             num_running=len(self._rows.sequences) + len(scheduler.prefilling),
@@ -246,7 +251,10 @@ class Engine:
             details={
                 "num_steps": float(self._num_steps),
                 "num_reserved": float(len(self._reserved)),
-                "num_loaded_pages": float(self.cache.store.num_loaded if self.cache.store else 0),
+                "num_loaded_pages": float(store.num_loaded if store else 0),
+                "num_saved_pages": float(store.num_saved if store else 0),
+                "num_dropped_pages": float(store.num_dropped if store else 0),
+                "num_damaged_pages": float(store.num_damaged if store else 0),
             },
         )
 

@@ -16,6 +16,7 @@ from longctx.engine.sequence import INDEPENDENT, RopeLengths, Sequence
 from longctx.messages import GenerationRequest
 from memory.pages import PageAllocator
 from memory.prefix_cache import DigestChain, PrefixCache
+from memory.prefix_store import PrefixStore
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,10 @@ class Scheduler:
     def pending_prefill_tokens(self) -> int:
         """Tokens still to be computed before their sequences decode."""
         return sum(map(_missing, (*self.waiting, *self.prefilling)))
+
+    def use_store(self, store: PrefixStore) -> None:
+        """Keep pages of prefixes there, and look for them there."""
+        self.cache.store = store
 
     def enqueue(self, sequence: Sequence) -> None:
         """Let a sequence without pages wait for its turn."""
@@ -269,8 +274,9 @@ class Scheduler:
         if not self.has_rows(_rows_wanted(sequence)) or not self.allocate(sequence):
             return False
         self.waiting.pop(0)
-        if not sequence.outputs:
-            sequence.active.num_cached_tokens = sequence.num_computed
+        if not sequence.outputs:  # what it had computed before it was preempted is found, but was not there before it
+            found, known = sequence.num_computed, sequence.active.num_cached_tokens
+            sequence.active.num_cached_tokens = min(found, known) if sequence.num_preemptions else found
         insort(self.prefilling, sequence, key=_key)
         return True
 
@@ -312,7 +318,7 @@ class Scheduler:
         sequence.num_computed, sequence.num_remembered = (last + num_loaded) * size, last
         self.remember(sequence)
         if not sequence.outputs:
-            sequence.active.num_cached_tokens = sequence.num_computed
+            sequence.active.num_cached_tokens += (len(found) + num_loaded) * size
         self.is_blocked = False
         return last + num_loaded == upto < limit
 

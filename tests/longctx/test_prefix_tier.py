@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from longctx.attention.config import AttentionConfig
@@ -9,6 +10,7 @@ from longctx.engine.build import build_engine
 from longctx.engine.config import EngineConfig
 from longctx.errors import ConfigError
 from longctx.models.config import ModelConfig
+from memory.prefix_cache import DigestChain
 from tests.cluster.small_cluster import make_prompt
 from tests.longctx.engines import make_request, run
 from tests.tiny_checkpoints import make_checkpoint
@@ -110,10 +112,71 @@ def test_what_cannot_be_is_refused(folder, tmp_path, options, words):
         make_engine(folder, tmp_path, replace(CONFIG, **options))
 
 
-def test_a_folder_that_cannot_be_used_and_methods_without_pages_to_find(folder, tmp_path):
+def test_a_folder_that_cannot_be_used(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
         make_engine(folder, tmp_path / "file")
-    cca = make_checkpoint(tmp_path / "cca", "llama", longctx_attention={"name": "cca", "group_size": 4, "window": 20})
-    with pytest.raises(ConfigError, match="not allowed here"):
-        make_engine(cca, tmp_path / "store", attention=AttentionConfig())
+
+
+# Landmark attention, whose blocks lie near or below
+
+LANDMARK = {"name": "landmark", "block_size": 16, "landmark_token_id": 255}
+NEAR = AttentionConfig(top_k=2)
+BELOW = [replace(NEAR, blocks=blocks, blocks_bytes="4MiB") for blocks in ("host", "file")]
+
+
+@pytest.fixture(scope="module")
+def landmark_folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "landmark", "llama", longctx_attention=LANDMARK)
+
+
+def make_landmark_prompt(seed, length):
+    return [token for token in make_prompt(seed, 2 * length) if token != 255][:length]
+
+
+@pytest.mark.parametrize("first, second", [(BELOW[0], BELOW[1]), (NEAR, BELOW[0]), (BELOW[1], NEAR)])
+def test_blocks_are_found_wherever_they_lie(landmark_folder, tmp_path, first, second):
+    """Also the last of a prompt, which has a frame until the next step, and those that a decoding sequence filled."""
+    prompt = make_landmark_prompt(4, 400)
+    expected = answer(make_engine(landmark_folder, None, attention=NEAR), prompt)
+    engine = make_engine(landmark_folder, tmp_path, attention=first)
+    assert answer(engine, prompt) == expected
+    engine.close()
+    engine = make_engine(landmark_folder, tmp_path, attention=second)
+    assert answer(engine, prompt) == (expected[0], 384)
+    longer = prompt + list(expected[0])
+    tokens, num_cached = answer(engine, longer + [1, 2])
+    assert num_cached == 416
+    assert tokens == answer(make_engine(landmark_folder, None, attention=NEAR), longer + [1, 2])[0]
+    assert engine.cache.num_used == 0
+    engine.close()
+
+
+def test_what_tokens_saw_is_part_of_a_prefix(landmark_folder, tmp_path):
+    prompt = make_landmark_prompt(5, 200)
+    engine = make_engine(landmark_folder, tmp_path, attention=NEAR)
+    answer(engine, prompt)
+    engine.close()
+    for other in (replace(NEAR, top_k=1), replace(NEAR, retrieval="token"), replace(NEAR, skip_below=0.5)):
+        engine = make_engine(landmark_folder, tmp_path, attention=other)
+        assert answer(engine, prompt)[1] == 0
+        engine.close()
+
+
+def test_damage_under_tiers_costs_a_step(landmark_folder, tmp_path):
+    prompt = make_landmark_prompt(6, 400)
+    engine = make_engine(landmark_folder, tmp_path, attention=BELOW[0])
+    expected = answer(engine, prompt)[0]
+    engine.close()
+    path = engine.cache.store._files.path(digests_of(prompt)[10])
+    path.write_bytes(path.read_bytes()[:-1])
+    engine = make_engine(landmark_folder, tmp_path, attention=BELOW[0])
+    assert answer(engine, prompt) == (expected, 384 - CONFIG.max_batch_tokens)  # computed, and then the rest is found
+    assert engine.stats().details["num_damaged_pages"] == 1
+    engine.close()
+
+
+def digests_of(prompt, salt="\0"):
+    chain = DigestChain(16, salt)
+    chain.extend(np.array(prompt))
+    return chain.digests
