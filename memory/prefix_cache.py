@@ -12,13 +12,13 @@ page.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from memory.eviction import EVICTIONS, Eviction
 from memory.pages import PageAllocator
-from memory.prefix_store import PrefixStore
 
 DIGEST_BYTES = 16
 
@@ -54,6 +54,39 @@ class DigestChain:
         return chain
 
 
+class PageStore(Protocol):
+    """What keeps pages below a pool: ``PrefixStore``, or ``longctx.shards.prefixes.ShardedStore`` over ranks."""
+
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether loading a page is faster than computing it, as far as is known."""
+        ...
+
+    def count_pages(self) -> dict[str, int]:
+        """Of pages since the start, by what became of them: loaded, saved, dropped, damaged."""
+        ...
+
+    def note_computed(self, num_tokens: int, seconds: float) -> None:
+        """A step computed so many tokens of prompts."""
+        ...
+
+    def note_used(self, digests: Sequence[bytes]) -> None:
+        """A sequence with these pages, in its order, has ended, or gave them up."""
+        ...
+
+    def save(self, digests: Sequence[bytes], pages: Sequence[int]) -> None:
+        """Pages are complete and held; what they hold now is to be found again."""
+        ...
+
+    def load(self, digests: Sequence[bytes], pages: Sequence[int]) -> int:
+        """Fill pages; returns how many of the first ones were there."""
+        ...
+
+    def close(self) -> None:
+        """Write what waits. Idempotent."""
+        ...
+
+
 class PrefixCache:
     """Shared and idle pages of one pool, by digest.
 
@@ -68,7 +101,7 @@ class PrefixCache:
     def __init__(self, pool: PageAllocator, *, enabled: bool = True, eviction: str = "lru") -> None:
         self.pool = pool
         self.enabled = enabled
-        self.store: PrefixStore | None = None
+        self.store: PageStore | None = None
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._idle: Eviction = EVICTIONS.get(eviction)()

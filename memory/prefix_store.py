@@ -69,10 +69,14 @@ class PrefixStore:
         self._thread = threading.Thread(target=self._write_all, name="prefix-store", daemon=True)
         self._thread.start()
 
-    @property
-    def num_damaged(self) -> int:
-        """Files that were not as they were written."""
-        return self._files.num_damaged
+    def count_pages(self) -> dict[str, int]:
+        """Of pages since the start: found here, written here, left out, and files that were not as written."""
+        return {
+            "loaded": self.num_loaded,
+            "saved": self.num_saved,
+            "dropped": self.num_dropped,
+            "damaged": self._files.num_damaged,
+        }
 
     @property
     def is_worthwhile(self) -> bool:
@@ -102,6 +106,10 @@ class PrefixStore:
         """Whether the page need not be saved, as far as is known."""
         return digest in self._known
 
+    def note_known(self, digest: bytes) -> None:
+        """Another rank has the page, and saves it if need be."""
+        self._known.add(digest)
+
     def count(self, digests: Sequence[bytes]) -> int:
         """How many of the first ones have files."""
         return next((idx for idx, digest in enumerate(digests) if not self._files.has(digest)), len(digests))
@@ -115,15 +123,21 @@ class PrefixStore:
                     self.put(digest, (self._pages.read_page(page),))
 
     def load(self, digests: Sequence[bytes], pages: Sequence[int]) -> int:
+        """As ``fill``, and notes how long it took."""
+        begun = time.perf_counter()
+        count = self.fill(digests, pages)
+        self.note_loaded(count, time.perf_counter() - begun)
+        return count
+
+    def fill(self, digests: Sequence[bytes], pages: Sequence[int]) -> int:
         """Fill ``pages`` with what was saved under ``digests``; returns how many of the first ones were there."""
-        begun, count = time.perf_counter(), 0
+        count = 0
         for digest, page in zip(digests, pages, strict=True):
             parts = self.get(digest, (self.layout.page_bytes,), (0,))
             if parts is None:
                 break
             self._pages.write_page(page, parts[0].view(self.layout.num_layers, self.layout.block_bytes))
             count += 1
-        self.note_loaded(count, time.perf_counter() - begun)
         return count
 
     def has_room(self, num_bytes: int, digest: bytes) -> bool:

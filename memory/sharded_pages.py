@@ -3,8 +3,8 @@
 Page ``p`` is page ``p % pages_per_rank`` of the pool of rank ``p // pages_per_rank``. The pages of a prompt are dealt
 out as in the zigzag layout of sequence parallelism (``parallel/layout.py``), a stretch of what one step computes at a
 time, so that every rank has an equal share of each step's causal area. The bytes are elsewhere: each rank has a
-``PagePool`` of its own, and what is to be done with pages before the next step is collected here: copies, and
-landmarks that other ranks are to be told.
+``PagePool`` of its own, and what is to be done with pages before the next step is collected here: copies, landmarks
+that other ranks are to be told, and pages that their ranks are to save (``longctx/shards/prefixes.py``).
 """
 
 from collections.abc import Sequence
@@ -42,6 +42,7 @@ class ShardedPages(PageAllocator):
         ]
         self._copies: list[tuple[int, int]] = []
         self._arrived: list[int] = []
+        self._saves: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
@@ -74,6 +75,20 @@ class ShardedPages(PageAllocator):
         """Pages that arrived, and whose landmarks one rank alone knows; they are forgotten here."""
         arrived, self._arrived = self._arrived, []
         return arrived
+
+    def save(self, page: int, digest: bytes) -> None:
+        """A page of another rank is complete, and is to be saved there under its digest."""
+        self._saves[page] = digest
+
+    @property
+    def has_saves(self) -> bool:
+        """Whether there are such pages."""
+        return bool(self._saves)
+
+    def take_saves(self) -> list[tuple[int, bytes]]:
+        """Pages to save before anything else is done with them; they are forgotten here, or once they are free."""
+        saves, self._saves = list(self._saves.items()), {}
+        return saves
 
     def allocate(self, num_pages: int, *, beside: Sequence[int] = ()) -> list[int] | None:
         """See ``PageAllocator``; also None if a rank has no room for a copy beside its original."""
@@ -117,4 +132,5 @@ class ShardedPages(PageAllocator):
     def _give_back(self, pages: list[int]) -> None:
         self._copies = [(source, target) for source, target in self._copies if target not in pages]
         for page in pages:
+            self._saves.pop(page, None)  # something else may come into it at any time
             self._free[self.rank_of(page)].append(page)

@@ -26,6 +26,7 @@ from longctx.engine.method import DenseMethod, EngineMethod
 from longctx.engine.page_budget import count_cores, count_pages
 from longctx.engine.page_place import PagePlace, make_near
 from longctx.engine.prefix_tier import open_prefix_store
+from longctx.engine.runner import Runner
 from longctx.errors import ConfigError
 from longctx.models.attention_spec import AttentionSpec, CCASpec, LandmarkSpec
 from longctx.models.checkpoint import ModelSpec, choose_context, inspect_checkpoint
@@ -37,11 +38,14 @@ from longctx.shards.attention import ShardedAttention
 from longctx.shards.core_rank import CoreRank
 from longctx.shards.core_runner import CoreGroupRunner
 from longctx.shards.group import ShardGroup
+from longctx.shards.prefixes import ShardedStore
 from longctx.shards.rank import ShardRank
 from longctx.shards.runner import Rank, ShardRunner
 from memory.layout import KVLayout
 from memory.lower_pages import LowerPages
 from memory.pages import DTYPES, PageAllocator, PagePool
+from memory.prefix_cache import PageStore
+from memory.prefix_store import PrefixStore
 from memory.rank_tiers import RankTiers
 from memory.sharded_pages import ShardedPages
 from memory.tiered_pages import TieredPages
@@ -59,6 +63,7 @@ class _Parts:
     max_context: int
     method: AttentionSpec | None
     below: LowerPages | None = None  # what leaves the window of CCA attention, to be fetched
+    store: PrefixStore | None = None  # pages of prefixes in a folder
 
 
 def build_engine(
@@ -107,13 +112,8 @@ def build_engine(
         max_context=parts.max_context,
         make_method=_choose_engine_method(parts, shards, pages),
     )
-    if config.prefix_folder is not None and isinstance(pages, ShardedPages):
-        raise ConfigError("engine.prefix_folder is not allowed for workers of several ranks, but with CCA attention")
-    store = open_prefix_store(
-        config, model_config, decoder, parts.pages, method=parts.method, attention=attention or AttentionConfig()
-    )
-    if store is not None:
-        engine.use_store(store)
+    if parts.store is not None:
+        engine.use_store(_share_store(parts.store, pages, engine.runner))
     logger.info(
         "%s: %s on %s, attention %s, %d pages of %d tokens (%.0f MiB), context %d tokens",
         parts.spec.name,
@@ -142,6 +142,13 @@ def _choose_engine_method(
     elif isinstance(parts.pages, TieredPages):
         make_runner = partial(make_near_runner, parts.decoder, parts.pages.near)
     return partial(DenseMethod, make_runner=make_runner)
+
+
+def _share_store(store: PrefixStore, pages: PageAllocator, runner: Runner) -> PageStore:
+    if not isinstance(pages, ShardedPages):
+        return store
+    assert isinstance(runner, ShardRunner)
+    return ShardedStore(store, pages, runner)
 
 
 def build_rank(
@@ -225,7 +232,10 @@ def _load(
             assert isinstance(pages, PagePool | RankTiers)
             carrier = shards.group.on_device(device)
             take_sharded_landmarks(decoder, method, attention, pages=pages, carrier=carrier, timeout_s=shards.timeout_s)
-    return _Parts(spec, decoder, pages, max_context, method, below=below)
+    store = None
+    if shards is None or shards.group.rank == 0 or not isinstance(method, CCASpec):  # under CCA rank 0 has all pages
+        store = open_prefix_store(engine_config, model_config, decoder, pages, method=method, attention=attention)
+    return _Parts(spec, decoder, pages, max_context, method, below=below, store=store)
 
 
 def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
@@ -237,6 +247,7 @@ def _make_rank(parts: _Parts, shards: ShardGroup) -> ShardRank:
         world_size=shards.group.world_size,
         pages_per_rank=parts.pages.num_pages,
         choice=shards.choice,
+        store=parts.store,
     )
 
 

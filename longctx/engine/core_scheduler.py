@@ -18,7 +18,7 @@ from memory.core_pages import CoreCapacity, CorePages, CoreSizes
 from memory.core_prefixes import CorePrefixes, CoreSearch
 from memory.lower_pages import LowerPages
 from memory.pages import PagePool
-from memory.prefix_cache import DigestChain, PrefixCache
+from memory.prefix_cache import DigestChain, PageStore, PrefixCache
 from memory.prefix_store import PrefixStore
 
 
@@ -56,10 +56,10 @@ class CoreScheduler(Scheduler):
         self._prefixes: CorePrefixes | None = None
         self._searches: dict[Sequence, CoreSearch] = {}  # of prompts whose prefix is being loaded
 
-    def use_store(self, store: PrefixStore) -> None:
+    def use_store(self, store: PageStore) -> None:
         super().use_store(store)
         pool = self.cache.pool
-        assert isinstance(pool, PagePool)
+        assert isinstance(pool, PagePool) and isinstance(store, PrefixStore)
         self._prefixes = CorePrefixes(store, pool, self._below, core_stride=self._capacity.core_stride)
 
     def count_pages(self, request: GenerationRequest) -> int:

@@ -29,8 +29,7 @@ from longctx.models.packed import PackedDecoder
 from longctx.models.tokenizer import Tokenizer
 from memory.lower_pages import LowerPages
 from memory.pages import PageAllocator, PagePool
-from memory.prefix_cache import PrefixCache
-from memory.prefix_store import PrefixStore
+from memory.prefix_cache import PageStore, PrefixCache
 from memory.tiered_pages import TieredPages
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class Engine:
         self._num_arrivals = self._num_steps = 0
         self._num_prompt_tokens = self._num_cached_tokens = self._num_generated_tokens = 0
 
-    def use_store(self, store: PrefixStore) -> None:
+    def use_store(self, store: PageStore) -> None:
         """Keep pages of prefixes in a folder, and look for them there."""
         self._scheduler.use_store(store)
 
@@ -251,10 +250,7 @@ class Engine:
             details={
                 "num_steps": float(self._num_steps),
                 "num_reserved": float(len(self._reserved)),
-                "num_loaded_pages": float(store.num_loaded if store else 0),
-                "num_saved_pages": float(store.num_saved if store else 0),
-                "num_dropped_pages": float(store.num_dropped if store else 0),
-                "num_damaged_pages": float(store.num_damaged if store else 0),
+                **{f"num_{what}_pages": float(count) for what, count in (store.count_pages() if store else {}).items()},
             },
         )
 

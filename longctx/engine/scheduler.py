@@ -15,8 +15,7 @@ from longctx.engine.rows import DecodeRows
 from longctx.engine.sequence import INDEPENDENT, RopeLengths, Sequence
 from longctx.messages import GenerationRequest
 from memory.pages import PageAllocator
-from memory.prefix_cache import DigestChain, PrefixCache
-from memory.prefix_store import PrefixStore
+from memory.prefix_cache import DigestChain, PageStore, PrefixCache
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class Scheduler:
         """Tokens still to be computed before their sequences decode."""
         return sum(map(_missing, (*self.waiting, *self.prefilling)))
 
-    def use_store(self, store: PrefixStore) -> None:
+    def use_store(self, store: PageStore) -> None:
         """Keep pages of prefixes there, and look for them there."""
         self.cache.store = store
 

@@ -72,6 +72,9 @@ class CoreRank:
                 on_layer(shape.layer_idx)
         return self.decoder.no_hidden(), rows_of
 
+    def close(self) -> None:
+        """Nothing is computed any more."""
+
     def _hand_over(self, pages: Sequence[int]) -> None:
         """Rank 0 sends these as they are to all others, some of one layer at a time."""
         block_bytes = self.pool.layout.block_bytes

@@ -14,6 +14,7 @@ from longctx.shards.layout import StepLayout
 from longctx.shards.plans import PlanChoice, StepPlans
 from longctx.shards.step import Step, StepReader
 from memory.pages import PagePool
+from memory.prefix_store import PrefixStore
 from memory.rank_tiers import RankTiers
 
 
@@ -26,6 +27,7 @@ class ShardRank:
         rank, world_size: which of how many.
         pages_per_rank: the same on all; what rank 0 numbers pages by.
         choice: how prompts are exchanged.
+        store: where its pages of prefixes are kept; None: nowhere.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ShardRank:
         world_size: int,
         pages_per_rank: int,
         choice: PlanChoice,
+        store: PrefixStore | None = None,
     ) -> None:
         assert isinstance(decoder.backend, ShardedAttention | ShardedLandmarks)
         self.decoder, self.rank, self.world_size = decoder, rank, world_size
@@ -45,7 +48,7 @@ class ShardRank:
         self.own = OwnPages(rank, pages_per_rank)
         self.exports = RankExports(self.own, pages)
         self._attention = decoder.backend
-        self._pages_per_rank, self._choice = pages_per_rank, choice
+        self._pages_per_rank, self._choice, self._store = pages_per_rank, choice, store
 
     def make_reader(self) -> StepReader:
         """Of what rank 0 tells."""
@@ -66,15 +69,13 @@ class ShardRank:
 
         Raises:
             ExchangeError: if a rank is lost.
+
+        Of an errand it returns one row of integers for each rank: the first page that it could not load, or how many
+        were to be loaded, and ``PrefixStore.count_pages``.
         """
-        if step.arrived:
-            assert isinstance(self._attention, ShardedLandmarks)
-            own = self.own.select(0, step.arrived)[1]
-            self._pages.note_arrived(own, len(own))
-            self._attention.share(step.arrived)
-        for source, target in step.copies:
-            if source // self._pages_per_rank == self.rank:
-                self._pages.copy_page(source % self._pages_per_rank, target % self._pages_per_rank)
+        self._prepare(step)
+        if step.is_errand:
+            return self._load(step), [[rank] for rank in range(self.world_size)]
         layout = StepLayout(
             step.segments,
             world_size=self.world_size,
@@ -90,6 +91,33 @@ class ShardRank:
         if self._tiers is not None:
             self._tiers.end_step()
         return hidden, rows_of
+
+    def close(self) -> None:
+        """Nothing is computed any more."""
+        if self._store is not None and self.rank:  # rank 0's engine has its
+            self._store.close()
+
+    def _prepare(self, step: Step) -> None:
+        """What is done before a step: what is saved may be a copy's target next, what arrived its source."""
+        if step.saves:
+            assert self._store is not None
+            own, pages = self.own.select(0, [page for page, _ in step.saves])
+            self._store.save([step.saves[index][1] for index in own], pages)
+        if step.arrived:
+            assert isinstance(self._attention, ShardedLandmarks)
+            own = self.own.select(0, step.arrived)[1]
+            self._pages.note_arrived(own, len(own))
+            self._attention.share(step.arrived)
+        for source, target in step.copies:
+            if source // self._pages_per_rank == self.rank:
+                self._pages.copy_page(source % self._pages_per_rank, target % self._pages_per_rank)
+
+    def _load(self, step: Step) -> torch.Tensor:
+        assert self._store is not None
+        own, pages = self.own.select(0, [page for page, _ in step.loads])
+        count = self._store.fill([step.loads[index][1] for index in own], pages)
+        found = own[count] if count < len(own) else len(step.loads)
+        return torch.tensor([[found, *self._store.count_pages().values()]])
 
     def _serve(self, batch: ShardBatch) -> torch.Tensor:
         """What the other ranks need of one without tokens; no hidden states."""

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from parallel.carrier import ExchangeError
 from parallel.gloo_group import GlooGroup
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 END = b"end"  # instead of a step
 IDLE = b""
@@ -49,6 +51,10 @@ class Rank(Protocol):
         """See ``ShardRank.compute``."""
         ...
 
+    def close(self) -> None:
+        """Nothing is computed any more."""
+        ...
+
 
 class GroupRunner(ABC):
     """Rank 0's runner, for ``longctx.engine.engine.Engine``.
@@ -67,17 +73,21 @@ class GroupRunner(ABC):
 
     def run(self, chunks: list[Chunk], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         """See ``ModelRunner.run``. Raises ``ExchangeError`` if a rank, this one too, fails, and from then on."""
+        return self._guard(lambda: self._run(chunks, on_layer))
+
+    def _guard(self, act: Callable[[], T]) -> T:
+        """What ``act`` returns; if it fails, nothing is done with the other ranks any more."""
         if self._is_broken:
             raise ExchangeError("a rank of this worker was lost")
         self._is_broken = True
         try:
-            logits = self._run(chunks, on_layer)
+            result = act()
         except ExchangeError:
             raise
         except Exception as error:
             raise ExchangeError(f"rank 0 failed in a step: {str(error) or type(error).__name__}") from error
         self._is_broken = False
-        return logits
+        return result
 
     @abstractmethod
     def _make_step(self, chunks: list[Chunk]) -> tuple[Any, bytes]:
@@ -131,8 +141,38 @@ class ShardRunner(GroupRunner):
     def _make_step(self, chunks: list[Chunk]) -> tuple[Step, bytes]:
         segments = [self._decode_segment(row, sequence) for row, sequence in enumerate(self._rows.sequences)]
         segments += [_chunk_segment(chunk) for chunk in chunks]
-        step = Step(tuple(segments), tuple(self._pages.take_copies()), tuple(self._pages.take_arrived()))
+        step = self._take(tuple(segments), ())
         return step, self._writer.write(step)
+
+    def run_errand(self, loads: tuple[tuple[int, bytes], ...] = ()) -> list[list[int]]:
+        """Have all that waits for the next step done now, and pages loaded; see ``ShardRank.compute`` for each row."""
+
+        def run() -> list[list[int]]:
+            step = self._take((), loads)
+            self._tell(self._writer.write(step))
+            own, rows_of = self._rank.compute(step)
+            return torch.cat(self._group.gather_rows(own, list(map(len, rows_of)))).tolist()
+
+        return self._guard(run)
+
+    def keep_alive(self) -> None:
+        """See the base class; pages that are to be saved do not wait for the next request."""
+        if self._pages.has_saves and not self._is_broken:
+            self.run_errand()
+        super().keep_alive()
+
+    def close(self) -> None:
+        """See the base class."""
+        try:
+            self.keep_alive()
+        except ExchangeError as error:
+            logger.warning("%s", error)
+        super().close()
+
+    def _take(self, segments: tuple[Segment, ...], loads: tuple[tuple[int, bytes], ...]) -> Step:
+        pages = self._pages
+        copies, arrived, saves = pages.take_copies(), pages.take_arrived(), pages.take_saves()
+        return Step(segments, tuple(copies), tuple(arrived), tuple(saves), loads)
 
     def _decode_segment(self, row: int, sequence: Sequence) -> Segment:
         start = int(self._rows.positions[row])
@@ -180,6 +220,7 @@ def follow_on_thread(
             group.close()
         finally:
             on_end(reason)
+            rank.close()
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()

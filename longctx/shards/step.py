@@ -34,6 +34,13 @@ class Step:
     segments: tuple[Segment, ...]
     copies: tuple[tuple[int, int], ...] = ()  # of pages
     arrived: tuple[int, ...] = ()  # pages that another worker sent, and whose landmarks all ranks are to know
+    saves: tuple[tuple[int, bytes], ...] = ()  # pages that their ranks save, first of all, and their digests
+    loads: tuple[tuple[int, bytes], ...] = ()  # pages that their ranks load, last of all; only in an errand
+
+    @property
+    def is_errand(self) -> bool:
+        """Whether nothing is computed: of a sequence that was told of, the next step may go on."""
+        return not self.segments
 
 
 class StepWriter:
@@ -54,8 +61,10 @@ class StepWriter:
             arrays += [segment.token_ids.astype("<i8"), segment.pages[num_known:].astype("<i8")]
             flags = [segment.key, segment.start, segment.stop, int(segment.samples), segment.rope_floor]
             heads.append([*flags, num_known, len(segment.pages), segment.export])
-        self._told = told
-        head = json.dumps([heads, step.copies, step.arrived], separators=(",", ":")).encode()
+        if not step.is_errand:
+            self._told = told
+        stored = [[(page, digest.hex()) for page, digest in pages] for pages in (step.saves, step.loads)]
+        head = json.dumps([heads, step.copies, step.arrived, *stored], separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
         return len(head).to_bytes(8, "little") + head + b"".join(array.tobytes() for array in arrays)
 
@@ -69,7 +78,7 @@ class StepReader:
     def read(self, data: bytes) -> Step:
         """The inverse of ``StepWriter.write``."""
         end = 8 + int.from_bytes(data[:8], "little")
-        heads, copies, arrived = json.loads(data[8:end])
+        heads, copies, arrived, *stored = json.loads(data[8:end])
         numbers = np.frombuffer(data, dtype="<i8", offset=end)
         segments, told, place = [], {}, 0
         for key, start, stop, samples, rope_floor, num_known, num_pages, export in heads:
@@ -80,5 +89,9 @@ class StepReader:
             pages = np.concatenate((self._told[key][:num_known], added)) if num_known else added
             told[key] = pages
             segments.append(Segment(key, start, stop, bool(samples), rope_floor, export, token_ids, pages))
-        self._told = told
-        return Step(tuple(segments), tuple((source, target) for source, target in copies), tuple(arrived))
+        saves, loads = (tuple((page, bytes.fromhex(digest)) for page, digest in pages) for pages in stored)
+        pairs = tuple((source, target) for source, target in copies)
+        step = Step(tuple(segments), pairs, tuple(arrived), saves, loads)
+        if not step.is_errand:
+            self._told = told
+        return step

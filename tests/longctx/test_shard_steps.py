@@ -42,9 +42,10 @@ def test_steps_are_read_as_they_were_written():
             make_segment(key, 0, rng.randint(1, 16), pages[key], export=rng.choice(["", "x-é"])) for key in chosen
         ]
         copies, arrived = rng.choice([(), ((1, 2), (3, 4))]), rng.choice([(), (5, 6)])
-        step = Step(tuple(segments), copies, arrived)
+        saves, loads = (rng.choice([(), ((7, bytes(range(16))), (8, bytes(16)))]) for _ in range(2))
+        step = Step(tuple(segments), copies, arrived, saves, loads)
         read = reader.read(writer.write(step))
-        assert (read.copies, read.arrived) == (copies, arrived)
+        assert (read.copies, read.arrived, read.saves, read.loads) == (copies, arrived, saves, loads)
         assert len(read.segments) == len(step.segments)
         assert all(map(same, read.segments, step.segments))
 
@@ -53,6 +54,7 @@ def test_pages_that_are_known_are_not_told_again():
     writer = StepWriter()
     long = list(range(4000))
     first = writer.write(Step((make_segment(1, 0, 1, long),)))
+    writer.write(Step((), loads=((3, bytes(16)),)))  # an errand between them
     second = writer.write(Step((make_segment(1, 1, 2, [*long, 7]),)))
     assert len(first) > 8 * 4000 > 100 * len(second)
 

@@ -96,7 +96,7 @@ def test_damaged_pages_are_deleted_and_not_used(tmp_path, damage):
     other = open_store(tmp_path, pool)
     assert other.load([digest(1), digest(2)], [0, 1]) == 0
     assert torch.equal(pool.storage, make_pool(2).storage)
-    assert path.exists() == (damage == "folder") and other.num_damaged == 1
+    assert path.exists() == (damage == "folder") and other.count_pages()["damaged"] == 1
     other.save([digest(1)], [3])
     settle(other)
     assert path.exists()
