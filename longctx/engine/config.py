@@ -26,12 +26,14 @@ class EngineConfig:
     prefix_cache: bool = option(True, "share the pages of equal prompt prefixes")
     prefix_eviction: str = option(
         "lru",
-        "which page of a prefix that nobody holds goes first; lru: the least recently used; lfu: the least often used, "
-        "with ageing, so that a common system prompt outlives documents that come once",
+        "which page of a prefix that nobody holds goes first, here and in prefix_folder; lru: the least recently used; "
+        "lfu: the least often used, with ageing, so that a common system prompt outlives documents that come once",
         choices=EVICTION_NAMES,
     )
     prefix_folder: str | None = option(
-        None, "folder that keeps pages of prefixes, for the next start and for every worker that sees it; null: none"
+        None,
+        "folder that keeps pages of prefixes, for the next start and for every worker that sees it; all ranks of one "
+        "worker have to; null: none",
     )
     prefix_bytes: str = option("8GiB", "that this folder may hold for one model", parse=parse_size)
     num_threads: int | None = option(None, "CPU threads; null: every core this process may use", minimum=1)
