@@ -152,11 +152,16 @@ class PagePool(PageAllocator):
 
     def read_page(self, page: int) -> torch.Tensor:
         """A copy of a page, uint8 ``[num_layers, block_bytes]`` on the CPU."""
-        return self.storage[:, page].to("cpu", copy=True).contiguous()
+        if self.storage.device.type == "cpu":
+            return torch.from_numpy(self.storage.numpy()[:, page].copy())  # torch takes 40 times as long
+        return self.storage[:, page].cpu().contiguous()
 
     def write_page(self, page: int, content_LX: torch.Tensor) -> None:
         """The inverse of ``read_page``."""
-        self.storage[:, page].copy_(content_LX)
+        if self.storage.device.type == "cpu":
+            self.storage.numpy()[:, page] = content_LX.numpy()  # torch takes 60 times as long
+        else:
+            self.storage[:, page].copy_(content_LX)
 
     def copy_page(self, source: int, target: int) -> None:
         self.storage[:, target].copy_(self.storage[:, source])

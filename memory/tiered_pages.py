@@ -182,7 +182,7 @@ class TieredPages(PageAllocator):
 
     def _bring(self, page: int) -> None:
         """Copy a page from below to its frame, all layers."""
-        self.near.storage[:, int(self._staged_P[page])].copy_(self.below.storage[:, page])
+        self.near.write_page(int(self._staged_P[page]), self.below.read_page(page))
         self.below.note_use(self.layout.page_bytes)
 
     def _forget(self, pages: Sequence[int]) -> None:
