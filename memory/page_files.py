@@ -70,7 +70,9 @@ class PageFiles:
         return os.path.exists(self.path(digest))
 
     def read(self, digest: bytes, sizes: Sequence[int], wanted: Sequence[int]) -> list[bytearray] | None:
-        """Parts of a page; None if there is none, or not as it was written: then it is deleted and counted.
+        """Parts of a page; None if there is none, or not as it was written, or not readable: these are counted.
+
+        One that is not as it was written is deleted.
 
         Args:
             digest: its name.
@@ -80,13 +82,14 @@ class PageFiles:
         path = self.path(digest)
         try:
             file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # whatever is there, nothing waits for it
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            return self._refuse(path, error)
         try:
             parts = _read_parts(file, digest, sizes, wanted)
         except OSError as error:
-            logger.error("%s cannot be read: %s", path, error)
-            return None
+            return self._refuse(path, error)
         finally:
             os.close(file)
         if parts is None:
@@ -95,6 +98,10 @@ class PageFiles:
             with suppress(OSError):
                 path.unlink()
         return parts
+
+    def _refuse(self, path: Path, error: OSError) -> None:
+        self.num_damaged += 1
+        logger.error("%s cannot be read: %s", path, error)
 
     def write(self, digest: bytes, parts: Sequence[memoryview]) -> bool:
         """Add a page, which another process may have done; returns whether the folder was looked through before.

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _WAITING_BYTES = 256 << 20  # of pages that are to be written; more are left out
 _NOTE_S = 2.0  # between two times that uses are noted in the files
+_AGAIN_S = 60.0  # after which it is tried again whether loading is faster by now
 _SMOOTHING = 0.2  # of a new measurement in a rate
 _CLOSE_S = 5.0
 
@@ -60,6 +61,7 @@ class PrefixStore:
         self._files, self._pages = files, pages
         self.num_loaded = self.num_saved = self.num_dropped = 0
         self._load_s = self._compute_s = 0.0  # of a page, smoothed; 0: not known
+        self._loaded_at = 0.0  # when the first was measured last
         self._known: set[bytes] = set()  # in the folder when last looked, or on the way there
         self._queue: queue.Queue[tuple[bytes, Parts] | None] = queue.Queue()
         self._waiting_bytes = 0
@@ -81,7 +83,9 @@ class PrefixStore:
     @property
     def is_worthwhile(self) -> bool:
         """Whether loading a page is faster than computing it, as far as is known."""
-        return not self._load_s or not self._compute_s or self._load_s < self._compute_s
+        if not self._load_s or not self._compute_s or self._load_s < self._compute_s:
+            return True
+        return time.monotonic() - self._loaded_at > _AGAIN_S
 
     def note_computed(self, num_tokens: int, seconds: float) -> None:
         """A step computed so many tokens of prompts."""
@@ -91,6 +95,7 @@ class PrefixStore:
         """So many pages were loaded."""
         if num_pages:
             self._load_s = _smooth(self._load_s, seconds / num_pages)
+            self._loaded_at = time.monotonic()
             self.num_loaded += num_pages
 
     def note_used(self, digests: Sequence[bytes]) -> None:

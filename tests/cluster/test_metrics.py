@@ -56,6 +56,7 @@ def test_requests_and_tokens_are_counted(server):
     assert get("longctx_prompt_tokens_total", **ENGINE) == 3 * 64
     assert get("longctx_cached_tokens_total", **ENGINE) == 2 * 48
     assert get("longctx_kv_bytes_shipped_total", **ENGINE) == 0
+    assert get("longctx_loaded_pages_total", **ENGINE) == get("longctx_damaged_pages_total", **ENGINE) == 0
     assert get("longctx_num_pages", **ENGINE) == server.engine.pool.num_pages
     assert get("longctx_num_pages_used", **ENGINE) == 0
     assert get("longctx_num_pages_cached", **ENGINE) >= 4

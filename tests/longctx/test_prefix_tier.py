@@ -12,7 +12,7 @@ from longctx.errors import ConfigError
 from longctx.models.config import ModelConfig
 from memory.prefix_cache import DigestChain
 from tests.cluster.small_cluster import make_prompt
-from tests.longctx.engines import make_request, run
+from tests.longctx.engines import hand_over, make_request, run
 from tests.tiny_checkpoints import make_checkpoint
 
 CONFIG = EngineConfig(kv_bytes="2MiB", page_size=16, num_threads=1, max_sequences=8, max_batch_tokens=64)
@@ -116,6 +116,34 @@ def test_a_folder_that_cannot_be_used(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
         make_engine(folder, tmp_path / "file")
+
+
+def test_a_prefill_worker_loads_and_ships(folder, tmp_path):
+    """A prompt that another one computed: the decode worker hears how much of it was cached, and says the same."""
+    prompt = make_prompt(8, 300)
+    first = make_engine(folder, tmp_path)
+    expected = answer(first, prompt)[0]
+    first.close()
+    prefill, decode = make_engine(folder, tmp_path), make_engine(folder, None)
+    export = hand_over(prefill, decode, make_request("r", prompt))
+    assert not run(prefill)
+    prefill.export_done("r")
+    deltas = decode.attach("r", export.first) + run(decode)
+    assert tuple(token for delta in deltas for token in delta.token_ids) == expected
+    assert {delta.num_cached_tokens for delta in deltas} == {288}
+    prefill.close()
+
+
+def test_tokens_that_were_computed_are_not_cached_ones(folder, tmp_path):
+    """Two alike beside each other: the second one takes over what the first completes, but not what it computed."""
+    prompt = make_prompt(9, 400)
+    engine = make_engine(folder, None, replace(CONFIG, max_batch_tokens=128))
+    engine.add(make_request("a", prompt))
+    engine.add(make_request("b", prompt[:200] + make_prompt(10, 30)))
+    cached = {delta.request_id: delta.num_cached_tokens for delta in run(engine)}
+    computed = engine.stats().num_prompt_tokens - engine.stats().num_cached_tokens
+    assert cached["a"] + cached["b"] == 630 - computed
+    assert 0 < cached["b"] <= 192
 
 
 # Landmark attention, whose blocks lie near or below
