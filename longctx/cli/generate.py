@@ -74,19 +74,20 @@ def _answer(llm: "LLM", prompt: list[int], options: GenerateConfig) -> None:
     started = time.perf_counter()
     first = last = started
     num_tokens = 0
-    reason = None
+    reason, num_cached = None, 0
     for delta in llm.stream(prompt, params, on_progress=line.update):
         last = time.perf_counter()
         if not num_tokens:
             first = last
             line.clear()
         num_tokens += len(delta.token_ids)
-        reason = delta.finish_reason or reason
+        reason, num_cached = delta.finish_reason or reason, delta.num_cached_tokens
         print(delta.text, end="", flush=True)
     print(flush=True)
     per_token = f"{1e3 * (last - first) / (num_tokens - 1):.1f} ms per token" if num_tokens > 1 else "one token"
+    cached = f", {num_cached} of them cached" if num_cached else ""
     print(
-        f"[{len(prompt)} prompt tokens, first token after {first - started:.2f} s "
+        f"[{len(prompt)} prompt tokens{cached}, first token after {first - started:.2f} s "
         f"({len(prompt) / max(first - started, 1e-9):.0f} tokens/s); {num_tokens} new tokens, {per_token}; "
         f"ended by {reason}]",
         file=sys.stderr,
