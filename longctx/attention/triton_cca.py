@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longctx.attention.triton_rows import load_rows, store_rows
+from longctx.attention.triton_rows import count_stages, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -74,7 +74,7 @@ class _Launch:
         self.sizes = num_tokens, num_heads, num_heads // self._num_kv_heads, head_dim, group_size, window, scale
         precision = "ieee" if q.element_size() == 4 else "tf32"  # of float32 only
         common: dict[str, Any] = {"DIM": padded_dim, "COLUMNS": 32 if is_wide else 64, "PRECISION": precision}
-        self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
+        self.forward = common | {"ROWS": 64, "num_warps": 4, "num_stages": 2 if is_wide else count_stages(q.device)}
         self.backward_queries = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.backward_keys = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads, self._batch)

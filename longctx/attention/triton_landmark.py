@@ -17,7 +17,7 @@ import triton.language as tl
 
 from longctx.attention.landmark_blocks import Blocks
 from longctx.attention.triton_landmark_tiles import differentiate_tile, own_scores, score_tile, spread
-from longctx.attention.triton_rows import load_rows, store_rows
+from longctx.attention.triton_rows import count_stages, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -98,7 +98,8 @@ class _Launch:
             "DIM": padded_dim,
             "PRECISION": precision,
         }
-        self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": 4 if is_wide else 8, "num_stages": 2}
+        warps, stages = (4, 2) if is_wide else (8, count_stages(q.device))
+        self.forward = common | {"ROWS": 64 if is_wide else 128, "num_warps": warps, "num_stages": stages}
         self.backward_queries = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.backward_keys = common | {"ROWS": 32 if is_wide else 64, "num_warps": 4, "num_stages": 2}
         self.query_grid = lambda meta: (triton.cdiv(num_tokens, meta["ROWS"]), num_heads, 1)

@@ -3,8 +3,16 @@
 Legend: R rows, D head dim (padded to a power of two).
 """
 
+import torch
 import triton
 import triton.language as tl
+
+LARGE_SHARED = {(8, 0), (9, 0), (10, 0)}  # compute capabilities with 160 KiB of shared memory a block, and more
+
+
+def count_stages(device: torch.device) -> int:
+    """Tiles of keys and values that a forward kernel of head dims up to 128 has in flight."""
+    return 3 if device.type == "cuda" and torch.cuda.get_device_capability(device) in LARGE_SHARED else 2
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-OUTPUTS = 4  # of a program
+OUTPUTS = 2  # of a program
 COLUMNS = 1024  # of a tile
 NUM_WARPS = 4
 
