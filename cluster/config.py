@@ -51,6 +51,9 @@ class ClusterConfig:
     )
     heartbeat_s: float = option(0.25, "seconds between two signs of life of a worker", above=0)
     worker_timeout_s: float = option(1.5, "seconds without a sign of life after which a worker counts as lost", above=0)
+    frozen_timeout_s: float = option(
+        8.0, "seconds that a lost worker may be silent before its process is killed, for Ray to start it anew", above=0
+    )
     call_timeout_s: float = option(
         300.0, "seconds a worker that lives may take to answer; longer than its longest step", above=0
     )

@@ -3,6 +3,8 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+from cluster.messages import WorkerInfo
+
 
 class WorkerHandle(Protocol):
     """One worker, here or in another process."""
@@ -24,6 +26,10 @@ class WorkerHandle(Protocol):
 
     async def call(self, method: str, /, *args: Any) -> Any:
         """Call a coroutine method of the worker. Raises what it raised, ``WorkerLostError`` if it is gone."""
+        ...
+
+    async def end_process(self, info: WorkerInfo) -> None:
+        """Kill the process that ``info`` is of, if it is there and can be reached; whoever owns it starts another."""
         ...
 
 
@@ -61,3 +67,6 @@ class LocalHandle:
     async def call(self, method: str, /, *args: Any) -> Any:
         """Call it directly."""
         return await getattr(self._worker, method)(*args)
+
+    async def end_process(self, info: WorkerInfo) -> None:
+        """It is ours."""

@@ -134,6 +134,14 @@ class WorkerPeer:
         kind = WorkerSilentError if self.is_silent else WorkerLostError
         return kind(f"{self.name} is lost: {self.reason}")
 
+    async def end_if_silent(self, after_s: float) -> None:
+        """Have its process killed if it is still lost then: a frozen one would be in the way of another."""
+        info = self.info
+        await asyncio.sleep(after_s)
+        if info is not None and not self.is_alive and self.info is info:  # not joined since
+            logger.error("%s stays silent: its process (pid %d on %s) is killed", self.name, info.pid, info.host)
+            await self.handle.end_process(info)
+
     def hang_up(self) -> None:
         """Close the connection to it."""
         line, self._line = self._line, None

@@ -1,17 +1,24 @@
 """A worker actor as the router sees it. Knows nothing of what the actor runs, and so loads no torch."""
 
 import asyncio
+import os
 import re
+import signal
+import time
 from contextlib import suppress
 from contextvars import Context
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.handle import Roster
+from cluster.messages import WorkerInfo
 from longctx.errors import LongctxError, WorkerLostError
 
+END_TIMEOUT_S = 10.0
 WORKER_NAME = re.compile(r"(prefill|decode)-(\d+)")
 
 
@@ -59,6 +66,21 @@ class RayHandle:
             raise WorkerLostError(f"the process of {self._name} ended for good") from None
         except RayError as error:
             raise WorkerLostError(f"{self._name} cannot be reached: {str(error).splitlines()[0]}") from None
+
+    async def end_process(self, info: WorkerInfo) -> None:
+        """By a task on its node: a process that is frozen hears nothing, Ray's own way to end it included."""
+        where: Any = NodeAffinitySchedulingStrategy(info.node_id, soft=False)
+        end: Any = ray.remote(num_cpus=0, scheduling_strategy=where, max_retries=0)(_end_process)
+        with suppress(RayError, TimeoutError):  # the node cannot be reached
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await Context().run(end.remote, info.pid, time.time() + END_TIMEOUT_S)
+
+
+def _end_process(pid: int, until: float) -> None:
+    """SIGKILL to a worker's process, unless it is later than ``until``, in seconds since the epoch: it may be well."""
+    with suppress(OSError):
+        if time.time() < until and b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
 
 
 def make_roster(namespace: str) -> Roster:

@@ -319,6 +319,8 @@ class Router:
                 flight.buffer.fail(peer.loss())
             elif flight.prefill is peer:
                 self._recover(flight, f"{peer.name} is lost")
+        if peer.is_silent and not peer.is_draining:
+            self._spawn(peer.end_if_silent(self._config.cluster.frozen_timeout_s))
         self._note_change()
 
     def _recover(self, flight: Flight, reason: str) -> None:

@@ -135,8 +135,15 @@ def test_a_client_that_leaves_costs_nothing(idle, prompt, busy, stream):
     wait_until(idle.is_idle, 3.0, idle.status)  # about half a second on an idle machine
 
 
-@pytest.mark.parametrize("name", [pytest.param("prefill-0", marks=pytest.mark.slow), "decode-0"])
-def test_a_killed_worker_is_replaced(idle, name):
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        pytest.param("prefill-0", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("decode-0", signal.SIGSTOP, marks=pytest.mark.slow),
+        ("decode-0", signal.SIGKILL),
+    ],
+)
+def test_a_killed_or_frozen_worker_is_replaced(idle, name, fault):
     """Nobody loses a token: another worker, or this one when it is back, goes on."""
     jobs = [(DOCUMENT[i * 50 : i * 50 + length], i % 2 == 0) for i, length in enumerate((90, 11000, 100, 12000, 13000))]
 
@@ -148,7 +155,7 @@ def test_a_killed_worker_is_replaced(idle, name):
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         answers = [pool.submit(ask, job) for job in jobs]
         wait_until(lambda: idle.worker(name)["engine"]["num_running"], 30, idle.status)
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, fault)
         wait_until(lambda: name in httpx.get(idle.url + "/health", timeout=30).json()["reason"], 30, idle.output)
         health = httpx.get(idle.url + "/health", timeout=30)
         responses = [answer.result() for answer in answers]

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ServeConfig
+from cluster.messages import WorkerInfo
 from longctx.errors import WorkerLostError
 from tests.fork_server import start_process
 
@@ -52,6 +53,9 @@ class ProcessHandle:
             return await answer
         finally:
             self._answers.pop(number, None)
+
+    async def end_process(self, info: WorkerInfo) -> None:
+        """What tests freeze, they thaw."""
 
     @property
     def pid(self) -> int | None:
