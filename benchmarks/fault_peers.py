@@ -19,9 +19,10 @@ from typing import Any
 
 import httpx
 
-from benchmarks.fault_systems import CLIENT_S, SHORT, Longctx, System, Vllm
+from benchmarks.fault_systems import CLIENT_S, SHORT, Longctx, System
+from benchmarks.fault_vllm import Vllm
 from benchmarks.machine import describe_run, keep_result
-from benchmarks.peers import SERVED_NAME, VLLM_PYTHON
+from benchmarks.peers import SERVED_NAME, VLLM_PYTHON, SkippedError
 from tests.cli_server import launch
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ NEXT_S = 30.0  # a client tries again this long after a fault
 FREED_S = 60.0
 NUM_TOKENS = 300  # of an answer that is disturbed in its middle
 LONG = 12_000  # characters of a prompt that is disturbed while it is computed
+OTHERWISE = {"longctx-splitwise": "decode", "vllm-recompute": "prefill"}  # with another setting, and this worker hit
 SIGNALS = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
 
 
@@ -49,7 +51,10 @@ def disturb(system: System, role: str, number: signal.Signals) -> dict[str, Any]
     is_between = role == "prefill"
     prompt, next_prompt = system.draw(LONG if is_between else SHORT), system.draw(SHORT)
     max_tokens = 24 if is_between else NUM_TOKENS
-    expected, next_expected = system.expect(prompt, max_tokens), system.expect(next_prompt)
+    begun = time.monotonic()
+    expected = system.expect(prompt, max_tokens)
+    undisturbed_s = time.monotonic() - begun
+    next_expected = system.expect(next_prompt)
     begun = time.monotonic()
     if is_between:
         answer, seconds = system.hit_between(prompt, number)
@@ -63,7 +68,12 @@ def disturb(system: System, role: str, number: signal.Signals) -> dict[str, Any]
 
         answer = system.ask(prompt, max_tokens, act=hit)
         seconds = time.monotonic() - begun
-    result = {"outcome": answer.judge(expected), "seconds": round(seconds, 2), "detail": answer.detail}
+    result = {
+        "outcome": answer.judge(expected),
+        "seconds": round(seconds, 2),
+        "undisturbed_s": round(undisturbed_s, 2),
+        "detail": answer.detail,
+    }
     begun, first = time.monotonic(), None
     result["next_right_after_s"] = None
     while (left_s := NEXT_S - (time.monotonic() - begun)) > 0:
@@ -88,7 +98,7 @@ def leave(system: System, *, is_between: bool) -> dict[str, Any]:
     if is_between:
         system.leave_between(system.draw(LONG))
     else:
-        assert system.ask(system.draw(SHORT), NUM_TOKENS, act=lambda: True).end == "left"
+        assert system.ask(system.draw(SHORT), 10 * NUM_TOKENS, act=lambda: True).end == "left"
     result = {"freed_after_s": wait_freed(system)}
     logger.info("left: %s", result)
     return result
@@ -112,34 +122,45 @@ def run_faults(system: System) -> dict[str, Any]:
 def main() -> None:
     """Run the list in each system and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", default=["longctx", "vllm", "vllm-recompute"])
+    parser.add_argument("--systems", nargs="+", default=list(OTHERWISE) + ["longctx", "vllm"])
     parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     content = {**describe_run("fault_peers"), "client_timeout_s": CLIENT_S, "next_within_s": NEXT_S, "systems": {}}
-    python = os.environ.get(VLLM_PYTHON)
     for name in arguments.systems:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            if name == "longctx":
-                words = ("server.standby=true", "model.dtype=float32", f"model.name={SERVED_NAME}")
-                server = stack.enter_context(launch(Path(folder), *words, "cluster.local_prefill_tokens=0"))
-                server.wait_until_ready()
-                content["systems"][name] = run_faults(Longctx(server))
-            elif not python:
-                content["systems"][name] = f"skipped: {VLLM_PYTHON} is not set"
+            try:
+                system = start(name, Path(folder), stack)
+            except SkippedError as reason:
+                content["systems"][name] = f"skipped: {reason}"
+                continue
+            if name in OTHERWISE:
+                results = {
+                    f"{OTHERWISE[name]} {fault}": disturb(system, OTHERWISE[name], no) for fault, no in SIGNALS.items()
+                }
             else:
-                system = Vllm(python, Path(folder), "recompute" if name == "vllm-recompute" else None)
-                stack.callback(system.stop)
-                if name == "vllm":
-                    content["systems"][name] = run_faults(system)
-                else:
-                    faults = SIGNALS.items()
-                    content["systems"][name] = {
-                        f"prefill {fault}": disturb(system, "prefill", no) for fault, no in faults
-                    }
+                results = run_faults(system)
+            content["systems"][name] = {"settings": system.settings, "load_1m": os.getloadavg()[0], "faults": results}
         keep_result(content, arguments.save)
     print(json.dumps(content, indent=1))
+
+
+def start(name: str, folder: Path, stack: ExitStack) -> System:
+    """A system, which ends with ``stack``. Raises ``SkippedError``."""
+    if name.startswith("longctx"):
+        policy = "splitwise" if name == "longctx-splitwise" else "shortest_queue"
+        words = ["server.standby=true", "model.dtype=float32", f"model.name={SERVED_NAME}"]
+        words += ["cluster.local_prefill_tokens=0", f"cluster.policy={policy}"]
+        server = stack.enter_context(launch(folder, *words))
+        server.wait_until_ready()
+        return Longctx(server, words)
+    if not (python := os.environ.get(VLLM_PYTHON)):
+        raise SkippedError(f"{VLLM_PYTHON} is not set; benchmarks/README.md says how to install vLLM")
+    system = Vllm(python, folder, "recompute" if name == "vllm-recompute" else "fail")
+    stack.callback(system.stop)
+    system.heal()
+    return system
 
 
 if __name__ == "__main__":
