@@ -122,7 +122,7 @@ def run_faults(system: System) -> dict[str, Any]:
 def main() -> None:
     """Run the list in each system and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", default=list(OTHERWISE) + ["longctx", "vllm"])
+    parser.add_argument("--systems", nargs="+", default=["longctx", *OTHERWISE, "vllm"])
     parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
