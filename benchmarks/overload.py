@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 LIMIT_MS = 50.0  # within which a refusal is to be answered
 START_TIMEOUT_S = 240.0
 ANSWER_TIMEOUT_S = 120.0
+REFUSED_S = 0.05  # that a client of the closed loop waits after a refusal
 NUM_ALONE = 20  # requests of a round that have the endpoint for themselves
 
 
@@ -81,6 +82,8 @@ class Load:
             while time.perf_counter() < ended:
                 timing = await self.ask(session)
                 num_done += timing.status == 200 and time.perf_counter() < ended
+                if timing.status == 429:
+                    await asyncio.sleep(REFUSED_S)
 
         await asyncio.gather(*(work() for _ in range(self._options.places)))
         return num_done / (self._options.seconds / 2)
