@@ -139,7 +139,6 @@ class Longctx(System):
     def __init__(self, server: CliServer, settings: list[str]) -> None:
         super().__init__([*SMALL, *settings])
         self.server = server
-        self._frozen: int | None = None  # a process that nobody has ended yet
         self.heal()
 
     def expect(self, prompt: str, max_tokens: int = 24) -> str:
@@ -161,7 +160,6 @@ class Longctx(System):
 
     def signal(self, role: str, number: signal.Signals) -> None:
         pid = self.server.worker(f"{role}-0")["pid"]
-        self._frozen = pid if number == signal.SIGSTOP else None
         os.kill(pid, number)
 
     def count_held(self) -> float:
@@ -188,12 +186,10 @@ class Longctx(System):
         }
 
     def heal(self) -> str:
-        if self._frozen is not None:
-            os.kill(self._frozen, signal.SIGKILL)
-        frozen, self._frozen = self._frozen, None
+        """A worker that is lost is killed in the end, frozen or not, and started anew."""
         time.sleep(2.0)  # until it is noticed
         wait_until(self._is_whole, 240.0, self.server.output)
-        return "itself" if frozen is None else "ending the frozen worker; then itself"
+        return "itself"
 
     def _is_whole(self) -> bool:
         with suppress(httpx.HTTPError):

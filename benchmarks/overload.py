@@ -140,7 +140,7 @@ async def measure(load: Load, options: argparse.Namespace) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         await load.ask_alone(session)  # warms up
-        capacity = await load.measure_capacity(session)
+        capacity = options.capacity or await load.measure_capacity(session)
         logger.info("capacity: %.1f requests/s", capacity)
         alone: list[Timing] = []
         loaded: dict[float, list[list[Timing]]] = {factor: [] for factor in options.factors}
@@ -236,6 +236,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--places", type=int, default=16, help="server.max_requests")
+    parser.add_argument(
+        "--capacity", type=float, help="requests/s, measured before: with targets a closed loop is refused for a while"
+    )
     parser.add_argument("--slo-ttft-ms", type=float, help="the server is told this target")
     parser.add_argument("--slo-tpot-ms", type=float)
     parser.add_argument("--prompt-tokens", type=int, default=256)
