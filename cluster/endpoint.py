@@ -43,7 +43,7 @@ def make_app(backend: ServingBackend, server: ServerConfig) -> Starlette:
     metrics = Metrics()
     board = PoolBoard(backend, metrics.window)
     places = Places(server.max_requests, time.monotonic, on_change=metrics.in_progress.set)
-    metrics.follow(SloLimit(server, places), lambda: places.limit)
+    metrics.follow(SloLimit(server, places, on_judged=metrics.note_judged), lambda: places.limit)
     completions = CompletionRoute(backend, server, metrics=metrics, places=places)
     chat = ChatRoute(backend, server, metrics=metrics, places=places)
     ring = KeyRing(server)

@@ -20,7 +20,6 @@ from longctx.models.checkpoint import SHIPPED
 
 logger = logging.getLogger(__name__)
 
-
 RESTARTS = "LONGCTX_RESTARTS"  # environment variable: when this process started anew, in seconds since the epoch
 HOUR_S = 3600.0
 CHECK_INTERVAL_S = 0.25
@@ -46,8 +45,7 @@ def serve(config: ServeConfig) -> int:
         logger.error("%s: starting anew", error)
     for number in taken:
         signal.signal(number, signal.SIG_DFL)  # what is ignored stays so in the next program
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {RESTARTS: restarts})
-    raise AssertionError("another program runs here")
+    return os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {RESTARTS: restarts})
 
 
 def _serve(config: ServeConfig, model: ServedModel) -> int:

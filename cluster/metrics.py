@@ -93,7 +93,7 @@ class Metrics:
         )
         self.in_progress = Gauge("longctx_requests_in_progress", "Requests being served or waiting", registry=registry)
         self._limit = Gauge("longctx_requests_limit", "Requests that may be in progress", registry=registry)
-        self._targets = Gauge(
+        self._judged = Counter(
             "longctx_slo_requests", "Requests by whether they kept a target", ["target", "met"], registry=registry
         )
         self.window = LatencyWindow()
@@ -107,9 +107,10 @@ class Metrics:
         """Tell ``slo`` of latencies too, and show what comes of it."""
         self._slo = slo
         self._limit.set_function(read_limit)
-        for name, target in slo.targets.items():
-            self._targets.labels(name, "true").set_function(lambda target=target: target.num_met)
-            self._targets.labels(name, "false").set_function(lambda target=target: target.num_missed)
+
+    def note_judged(self, target: str, has_kept: bool) -> None:
+        """A request kept a target, or missed it."""
+        self._judged.labels(target, str(has_kept).lower()).inc()
 
     def note_ttft(self, seconds: float, num_prompt_tokens: int, *, started: float) -> None:
         """A request that arrived at ``started`` has its first token."""

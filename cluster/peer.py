@@ -4,7 +4,6 @@ import asyncio
 import logging
 import math
 import secrets
-import ssl
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ T = TypeVar("T")
 
 Connect = Callable[[LineAddress], Awaitable[Line]]
 
+END_TRIES = 5  # to have a silent process killed
 PREFILL_WINDOW = 4  # a worker is given this many batches' prompt tokens at most, or one prompt
 
 
@@ -93,14 +93,12 @@ class WorkerPeer:
 
     async def _open_line(self, connect: Connect) -> Line | None:
         """None if it cannot be reached so: Ray's calls are slower, and go on working."""
-        address: LineAddress = await self.call("listen", self._session)
         try:
+            address: LineAddress = await self.call("listen", self._session)
             return await connect(address)
-        except (OSError, ssl.SSLError) as error:
-            logger.warning(
-                "%s does not answer at %s:%d (%s): its tokens come by Ray's calls, milliseconds later each",
-                self.name, address.host, address.port, error or type(error).__name__,
-            )  # fmt: skip
+        except OSError as error:  # TimeoutError and ssl.SSLError among them
+            reason = str(error) or type(error).__name__
+            logger.warning("%s: %s; its tokens come by Ray's calls, milliseconds later each", self.name, reason)
             return None
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -135,10 +133,15 @@ class WorkerPeer:
         return kind(f"{self.name} is lost: {self.reason}")
 
     async def end_if_silent(self, after_s: float) -> None:
-        """Have its process killed if it is still lost then: a frozen one would be in the way of another."""
+        """Have its process killed if it is still lost then: a frozen one would be in the way of another.
+
+        Some times, if that does not help: its node may be too busy to do it at once, or out of reach for a while.
+        """
         info = self.info
-        await asyncio.sleep(after_s)
-        if info is not None and not self.is_alive and self.info is info:  # not joined since
+        for _ in range(END_TRIES):
+            await asyncio.sleep(after_s)
+            if info is None or self.is_alive or self.info is not info:  # joined since
+                return
             logger.error("%s stays silent: its process (pid %d on %s) is killed", self.name, info.pid, info.host)
             await self.handle.end_process(info)
 

@@ -24,18 +24,10 @@ MAX_SHRINK, MIN_SHRINK = 0.5, 0.9  # what is left of a limit under which targets
 
 @dataclass(slots=True)
 class Target:
-    """One of the targets, and how requests did against it."""
+    """One of the targets, and how requests do against it."""
 
     seconds: float
     ratios: list[float] = field(default_factory=list)  # of what requests got since the last change
-    num_met: int = 0
-    num_missed: int = 0
-
-    def note(self, seconds: float) -> None:
-        """A request got this."""
-        self.ratios.append(seconds / self.seconds)
-        self.num_met += seconds <= self.seconds
-        self.num_missed += seconds > self.seconds
 
     def find(self, percentile: float) -> float:
         """What so many percent of the requests did not exceed, over the target."""
@@ -48,17 +40,26 @@ class SloLimit:
     Args:
         server: ``slo_ttft_s``, ``slo_tpot_s``, ``slo_percentile``, ``slo_prompt_tokens``.
         places: the server's.
+        on_judged: called with "ttft" or "tpot", and whether a request kept that target.
         clock: what requests' arrivals are told by; seconds that only grow.
     """
 
-    def __init__(self, server: ServerConfig, places: Places, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        server: ServerConfig,
+        places: Places,
+        *,
+        on_judged: Callable[[str, bool], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         given = {"ttft": server.slo_ttft_s, "tpot": server.slo_tpot_s}
-        self.targets = {name: Target(seconds) for name, seconds in given.items() if seconds is not None}
+        self._on_judged = on_judged
+        self._targets = {name: Target(seconds) for name, seconds in given.items() if seconds is not None}
         self._server, self._places, self._clock = server, places, clock
         self._limit = float(min(START, server.max_requests))
         self._changed_at = clock()
         self._missed_limit, self._missed_at = math.inf, -math.inf
-        if self.targets:
+        if self._targets:
             places.limit = int(self._limit)
 
     def note_ttft(self, seconds: float, num_prompt_tokens: int, *, started: float) -> None:
@@ -71,19 +72,19 @@ class SloLimit:
         self._note("tpot", seconds, started)
 
     def _note(self, name: str, seconds: float, started: float) -> None:
-        target = self.targets.get(name)
+        target = self._targets.get(name)
         if target is None:
             return
-        target.note(seconds)
-        if started < self._changed_at:
-            target.ratios.pop()  # it was served among more, or fewer
+        self._on_judged(name, seconds <= target.seconds)
+        if started >= self._changed_at:  # others were served among more, or fewer
+            target.ratios.append(seconds / target.seconds)
         if self._clock() >= self._changed_at + WINDOW_S:
             self._follow()
 
     def _follow(self) -> None:
-        if max(len(target.ratios) for target in self.targets.values()) < MIN_SAMPLES:
+        if max(len(target.ratios) for target in self._targets.values()) < MIN_SAMPLES:
             return
-        worst = max(target.find(self._server.slo_percentile) for target in self.targets.values())
+        worst = max(target.find(self._server.slo_percentile) for target in self._targets.values())
         was_full, self._places.was_full = self._places.was_full, False
         if worst > 1:
             self._missed_limit, self._missed_at = self._places.limit, self._clock()
@@ -91,7 +92,7 @@ class SloLimit:
         elif worst < COMFORT and was_full and self._may_grow():
             self._change(self._limit + (1 if self._missed_limit < math.inf else max(1, self._limit / 2)))
         else:
-            for target in self.targets.values():
+            for target in self._targets.values():
                 del target.ratios[: -4 * MIN_SAMPLES]
 
     def _may_grow(self) -> bool:
@@ -101,5 +102,5 @@ class SloLimit:
         self._limit = min(float(self._server.max_requests), max(1.0, limit))
         self._places.limit = int(self._limit)
         self._changed_at = self._clock()
-        for target in self.targets.values():
+        for target in self._targets.values():
             target.ratios.clear()

@@ -1,12 +1,13 @@
 """The limit on requests at a time that follows what requests experience."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import ServerConfig
+from cluster.config import ServeConfig, ServerConfig
 from cluster.rate_limit import Places
 from cluster.slo_limit import START, SloLimit
 from longctx.config import compose
@@ -25,8 +26,13 @@ class Machine:
         self.room = room
         self.server = ServerConfig(**({"max_requests": 64, "slo_ttft_s": 1.0, "slo_percentile": 90.0} | options))
         self.places = Places(self.server.max_requests, lambda: self.now)
-        self.slo = SloLimit(self.server, self.places, lambda: self.now)
+        self.judged = Counter()
+        self.slo = SloLimit(self.server, self.places, on_judged=self.judge, clock=lambda: self.now)
         self.rng = random.Random(0)
+
+    def judge(self, target, has_kept):
+        """Count."""
+        self.judged[target, has_kept] += 1
 
     def serve(self, num_wanted):
         """As many of ``num_wanted`` requests as there are places for, all at once; the share that kept the target."""
@@ -47,6 +53,7 @@ def test_a_machine_with_room_is_filled_and_one_without_is_not():
         machine = Machine(room)
         shares = [machine.serve(100) for _ in range(200)]
         assert machine.places.limit == pytest.approx(expected, abs=max(1, expected / 8))
+        assert machine.judged.total() == sum(machine.judged["ttft", kept] for kept in (False, True)) > 200
         assert sum(shares[50:]) / 150 > 0.8  # at one place, each look at two misses for half of some requests
 
 
@@ -105,7 +112,5 @@ def test_the_limit_stays_in_its_bounds(events):
 
 @pytest.mark.parametrize("override", ["server.slo_ttft_s=0", "server.slo_percentile=0", "server.slo_percentile=101"])
 def test_targets_that_cannot_be_are_refused(override):
-    from cluster.config import ServeConfig
-
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         compose(ServeConfig, "serve", ["model=demo", override])

@@ -200,7 +200,7 @@ def main() -> int:
     """Run the cells; 0 if all are good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2, help="cells for each role and fault")
-    parser.add_argument("--only", default="", help="cells whose 'role fault' has this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cells whose 'role fault' has one of these")
     parser.add_argument("--listens", action="store_true", help="server.proxy=false")
     parser.add_argument("--mbit", type=float, default=1000, help="of each host's port")
     parser.add_argument("--save", help="also write benchmarks/results/NAME.json")
@@ -217,7 +217,7 @@ def main() -> int:
         front = ["endpoint"] if options.listens else list(FRONT)
         cells += [(role, fault, seed) for seed in range(options.seeds) for role in front for fault in FAULTS[:2]]
         for role, fault, seed in cells:
-            if options.only in f"{role} {fault}":
+            if any(words in f"{role} {fault}" for words in options.only):
                 results.append(run_cell(hosts, role, fault, seed))
                 logger.info("%s %s", "good" if is_good(results[-1]) else "BAD", results[-1])
     return report("multihost", options, results)
