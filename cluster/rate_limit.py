@@ -63,16 +63,19 @@ class Places:
     """
 
     def __init__(self, limit: int, clock: Clock, *, on_change: Callable[[int], None] | None = None) -> None:
-        self.limit = limit
+        self.limit = self.most = limit  # ``cluster/slo_limit.py`` lowers the first
         self.num_held = 0
         self.was_full = False  # somebody was refused; for whoever sets it back
         self._clock, self._on_change = clock, on_change
         self._ends: deque[float] = deque(maxlen=NUM_REMEMBERED)
         self._busy_since = clock()
 
-    def has_room(self, count: int) -> bool:
-        """Whether ``count`` more may be held."""
-        has_room = not self.limit or self.num_held + count <= self.limit
+    def has_room(self, count: int, *, own: int = 0) -> bool:
+        """Whether ``count`` more may be held by somebody who has ``own``; alone, up to ``most``: they may need them
+        together.
+        """
+        limit = self.most if self.num_held == own else self.limit
+        has_room = not limit or self.num_held + count <= limit
         self.was_full |= not has_room
         return has_room
 

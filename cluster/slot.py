@@ -28,9 +28,10 @@ class Slot:
     def take(self, count: int) -> None:
         """Hold ``count`` more places, or raise ``ApiError`` 429 and hold what was held."""
         places = self._places
-        if not places.has_room(count):
+        if not places.has_room(count, own=self._num_held):
+            why = "max_requests" if places.limit == places.most else "slo_ttft_s and server.slo_tpot_s"
             raise busy(
-                f"{places.num_held} requests are served or waiting; {places.limit} may be (server.max_requests)",
+                f"{places.num_held} requests are served or waiting; {places.limit} may be (server.{why})",
                 retry_after_s=places.retry_after_s(places.num_held + count - places.limit),
             )
         self._tenant.take_requests(count)

@@ -158,6 +158,27 @@ def test_max_requests(folder):
         client.post(COMPLETIONS, json=PROMPT | {"prompt": ["a", "b"], "max_tokens": 2}).raise_for_status()
 
 
+def test_targets_lower_the_limit_and_are_counted(folder):
+    """Nothing keeps a microsecond; a request of several prompts is served alone all the same."""
+    limits = ServerConfig(slo_ttft_s=1e-6, slo_tpot_s=1000.0)
+    with serve(folder, server=limits) as running, httpx.Client(base_url=running.url, timeout=30) as client:
+
+        def is_lowest() -> bool:
+            client.post(COMPLETIONS, json=PROMPT | {"max_tokens": 2}).raise_for_status()
+            return client.get("/status").json()["max_requests"] == 1
+
+        wait_until(is_lowest)
+        client.post(COMPLETIONS, json=PROMPT | {"prompt": ["a"] * 3, "max_tokens": 2}).raise_for_status()
+        with client.stream("POST", COMPLETIONS, json=ENDLESS | {"stream": True}) as held:
+            assert held.status_code == 200
+            message = check_error(client.post(COMPLETIONS, json=PROMPT), 429, code="queue_full")
+        assert "server.slo_ttft_s" in message
+        metrics = client.get("/metrics").text
+    assert "longctx_requests_limit 1.0" in metrics
+    assert 'longctx_slo_requests_total{met="false",target="ttft"}' in metrics
+    assert 'longctx_slo_requests_total{met="true",target="tpot"}' in metrics
+
+
 def test_request_timeout(folder):
     """A whole answer that takes too long is a 503; in a stream the error is the last event."""
     limits = ServerConfig(request_timeout_s=1.5)

@@ -37,14 +37,16 @@ class Machine:
     def serve(self, num_wanted):
         """As many of ``num_wanted`` requests as there are places for, all at once; the share that kept the target."""
         num = min(num_wanted, self.places.limit)
+        self.places.take(num)
         if num < num_wanted:
-            assert not self.places.has_room(num + 1)
+            assert not self.places.has_room(1)
         started = self.now
         ttft_s = 0.5 * max(1.0, num / self.room)
         self.now += ttft_s + 0.1
         took = [ttft_s * self.rng.uniform(0.9, 1.1) for _ in range(num)]
         for seconds in took:
             self.slo.note_ttft(seconds, 100, started=started)
+        self.places.give_back(num, is_end=False)
         return sum(seconds <= 1.0 for seconds in took) / num
 
 
@@ -106,7 +108,7 @@ def test_the_limit_stays_in_its_bounds(events):
             machine.slo.note_ttft(seconds, 1, started=machine.now - 1)
         else:
             machine.slo.note_tpot(seconds, started=machine.now - 1)
-        machine.places.has_room(100)
+        machine.places.was_full = True
         assert 1 <= machine.places.limit <= 20
 
 
