@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,49 @@ def test_a_worker_that_cannot_be_reached_is_not_asked_again(folder, num_cut):
     else:
         assert sum(num_refused) == 3
         assert to_api_error(outcome[0]).status == 503
+
+
+class FarHandle(LocalHandle):
+    """A worker that the router has a connection to, and that counts what it is asked otherwise."""
+
+    is_far = True
+
+    def __init__(self, worker):
+        super().__init__(worker)
+        self.calls = Counter()
+
+    async def call(self, method, /, *args):
+        self.calls[method] += 1
+        return await super().call(method, *args)
+
+
+@pytest.mark.parametrize("obstacle", ["none", "connect", "listen"])
+def test_a_worker_that_cannot_be_connected_to_is_called(folder, obstacle, monkeypatch, caplog):
+    """As where a firewall between nodes lets only Ray pass."""
+
+    async def refuse(*_, **__):
+        raise ConnectionRefusedError("nobody is there")
+
+    if obstacle == "connect":
+        monkeypatch.setattr("cluster.membership.connect", refuse)
+    elif obstacle == "listen":
+        monkeypatch.setattr(ServingWorker, "listen", refuse)
+    config = make_config(folder)
+    requests = [make_request(f"r{n}", make_prompt(n, 100)) for n in range(3)]
+
+    async def scenario():
+        handle = FarHandle(ServingWorker("decode-0", "decode", config))
+        async with start_cluster(config, handle) as cluster:
+            return await asyncio.gather(*map(cluster.answer, requests)), handle.calls
+
+    answers, calls = asyncio.run(scenario())
+    assert answers == generate_alone(config, requests)
+    assert calls["listen"] == 1
+    if obstacle == "none":
+        assert not calls["poll"] and not calls["admit"]
+    else:
+        assert calls["poll"] and calls["admit"] == 3
+        assert "decode-0: nobody is there; its tokens come by Ray's calls" in caplog.text
 
 
 @pytest.mark.parametrize(
